@@ -1,0 +1,290 @@
+"""Patch Sampling Schedules: the keep rate ρ as a pure function of training progress.
+
+A schedule is any callable that takes a `Progress` and returns a keep rate in (0, 1]. It holds no counter, so
+training that stops and resumes sees the same keep rates, and every rank sees the same one. The schedules of the
+paper (McDanel & Huynh 2022, https://arxiv.org/abs/2208.09520) are `Cyclic`, `Linear`, `Cosine` and `Fixed`.
+
+Keep rates round as in the paper's code: on the *drop* rate 1 − ρ, to the nearest multiple of `step`, ties to even.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer.core import Time, TimeUnit
+
+UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION)
+
+
+class Progress(float):
+    """The share of training that is done, in [0, 1): a float that also knows its batches.
+
+    A schedule of one's own may be as short as `lambda progress: 0.2 + 0.8 * progress`.
+
+    Args:
+        batch: Batches trained so far, counted from the start of training.
+        total_batches: Batches in the whole of training.
+        batches_per_epoch: Batches in one epoch; None when the data has no length.
+        samples_per_batch: Samples in one (global) batch; None when not known.
+    """
+
+    def __new__(
+        cls,
+        batch: int,
+        total_batches: int,
+        batches_per_epoch: int | None = None,
+        samples_per_batch: int | None = None,
+    ) -> Progress:
+        progress = super().__new__(cls, batch / total_batches)
+        progress.batch = batch
+        progress.total_batches = total_batches
+        progress.batches_per_epoch = batches_per_epoch
+        progress.samples_per_batch = samples_per_batch
+        return progress
+
+    def num_batches(self, time: str) -> float:
+        """How many batches a time string like `1ep`, `500ba`, `4096sp` or `0.1dur` lasts."""
+        duration = Time.from_timestring(time)
+        batches = {
+            TimeUnit.EPOCH: self.batches_per_epoch,
+            TimeUnit.BATCH: 1,
+            TimeUnit.SAMPLE: self.samples_per_batch and 1 / self.samples_per_batch,
+            TimeUnit.DURATION: self.total_batches,
+        }[duration.unit]
+        if batches is None:
+            raise ValueError(f"{time!r} cannot be counted in batches: the data loader does not tell its length or "
+                             "batch size")
+        return duration.value * batches
+
+
+Schedule = Callable[[Progress], float]
+
+
+def check_keep_rate(value: float, name: str = "keep_rate") -> float:
+    """The value itself if it is a keep rate, a number in (0, 1].
+
+    Raises:
+        ValueError: Outside (0, 1], or not a number.
+    """
+    if not _is_number(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_time(time: str, name: str, *, minimum: str) -> None:
+    units = ", ".join(unit.value for unit in UNITS)
+    rule = f"{name} must be a time string {minimum} in {units} (like '1ep' or '0.1dur'), got {time!r}"
+    try:
+        duration = Time.from_timestring(time)
+    except (ValueError, TypeError):
+        raise ValueError(rule) from None
+    is_long_enough = duration.value > 0 if minimum == "above 0" else duration.value >= 0
+    if duration.unit not in UNITS or not is_long_enough:
+        raise ValueError(rule)
+
+
+def _drop_rate(keep_rate: float) -> float:
+    # 1 − 1.1 is −0.10000000000000009 in floating point, which moves a batch at the edge of a bin
+    return round(1.0 - keep_rate, 12)
+
+
+def _to_keep_rate(drop_rate: float, step: float | None) -> float:
+    """The keep rate for an unrounded drop rate: clamped to [0, 1], rounded to multiples of `step`."""
+    drop_rate = min(max(drop_rate, 0.0), 1.0)
+    if step is not None:
+        bins = 1 / step
+        drop_rate = round(bins * drop_rate) / bins
+    return round(1.0 - drop_rate, 12)
+
+
+def _interpolate(start: float, end: float, share: float) -> float:
+    return (1 - share) * start + share * end
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same keep rate in every batch.
+
+    Args:
+        keep_rate: Share of the tokens to keep, in (0, 1].
+    """
+
+    name: ClassVar[str] = "fixed"
+    keep_rate: float = 0.6
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+
+    def __call__(self, progress: Progress) -> float:
+        return self.keep_rate
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """What the schedules from `start` to `end` share: their arguments, the checks and the rounding."""
+
+    start: float = 0.2
+    end: float = 1.1
+    step: float | None = 0.2
+    cooldown: str = "0ep"
+
+    def __post_init__(self) -> None:
+        if self.step is not None and (not _is_number(self.step) or not 0.0 < self.step <= 1.0):
+            raise ValueError(f"step must be None or a number in (0, 1], got {self.step!r}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0.0:
+                raise ValueError(f"{name} must be a keep rate above 0 (above 1 means overshoot), got {value!r}")
+            if _to_keep_rate(_drop_rate(value), self.step) <= 0.0:
+                raise ValueError(f"{name} must not round to 0 at step={self.step}, got {value!r}")
+        _check_time(self.cooldown, "cooldown", minimum="of at least 0")
+
+    def __call__(self, progress: Progress) -> float:
+        return _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
+
+    def _unrounded_drop_rate(self, progress: Progress) -> float:
+        raise NotImplementedError
+
+    def _ramp_batches(self, progress: Progress) -> float:
+        """Batches before the cooldown."""
+        batches = progress.total_batches - progress.num_batches(self.cooldown)
+        if batches < 0:
+            raise ValueError(f"cooldown must be no longer than training, got {self.cooldown!r} in "
+                             f"{progress.total_batches} batches")
+        return batches
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """From `start` to `end` in a straight line; in the cooldown at `end`.
+
+    Args:
+        start: Keep rate of the first batch, above 0.
+        end: Keep rate of the last batch, above 0. Above 1 is the paper's overshoot: ρ is capped at 1, and 1.1 gives
+            ρ = 1.0 the full share of batches that the other multiples of 0.2 get, where 1.0 gives it half.
+        step: Keep rates are rounded to multiples of this; None does not round.
+        cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def _unrounded_drop_rate(self, progress: Progress) -> float:
+        start, end = _drop_rate(self.start), _drop_rate(self.end)
+        ramp_batches = self._ramp_batches(progress)
+        if progress.batch >= ramp_batches:
+            return end
+        return _interpolate(start, end, progress.batch / ramp_batches)
+
+
+@dataclass(frozen=True)
+class Cosine(_Ramp):
+    """From `start` to `end` along half a cosine; in the cooldown, and in the batch before it, at `end`.
+
+    Args:
+        start: Keep rate of the first batch, above 0.
+        end: Keep rate of the last batch, above 0; above 1 is the paper's overshoot (see `Linear`).
+        step: Keep rates are rounded to multiples of this; None does not round.
+        cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
+    """
+
+    name: ClassVar[str] = "cosine"
+
+    def _unrounded_drop_rate(self, progress: Progress) -> float:
+        start, end = _drop_rate(self.start), _drop_rate(self.end)
+        ramp_batches = self._ramp_batches(progress)
+        if progress.batch >= ramp_batches - 1:
+            return end
+        return end + (start - end) * (1 + math.cos(math.pi * progress.batch / ramp_batches)) / 2
+
+
+@dataclass(frozen=True)
+class Cyclic(_Ramp):
+    """From `start` to `end` and back in every period; in the cooldown at ρ = 1. The paper's schedule.
+
+    Args:
+        start: Keep rate at both ends of a period, above 0.
+        end: Keep rate in the middle of a period, above 0; above 1 is the paper's overshoot (see `Linear`).
+            The paper writes Cyclic(0.2, 1.0) for what is `Cyclic(start=0.2, end=1.1)` here.
+        step: Keep rates are rounded to multiples of this; None does not round.
+        period: Length of a cycle, a time string in ep, ba, sp or dur.
+        cooldown: Length of the last part of training, at ρ = 1; a time string in ep, ba, sp or dur.
+    """
+
+    name: ClassVar[str] = "cyclic"
+    period: str = "1ep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_time(self.period, "period", minimum="above 0")
+
+    def _unrounded_drop_rate(self, progress: Progress) -> float:
+        if progress.batch >= self._ramp_batches(progress):
+            return 0.0
+        period = progress.num_batches(self.period)
+        batch = progress.batch % period
+        # the nearer end first and one division: both halves of a cycle then round alike
+        share = 2 * min(batch, period - batch) / period
+        return _interpolate(_drop_rate(self.start), _drop_rate(self.end), share)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """A staircase: from each milestone on, its keep rate.
+
+    Args:
+        milestones: Pairs (time, keep rate), the first at 0, like `[("0ep", 0.4), ("20ep", 0.6), ("0.9dur", 1.0)]`.
+            Times are time strings in ep, ba, sp or dur, keep rates in (0, 1].
+    """
+
+    name: ClassVar[str] = "piecewise"
+    milestones: Sequence[tuple[str, float]] = (("0ep", 1.0),)
+
+    def __post_init__(self) -> None:
+        rule = "milestones must be pairs of a time string and a keep rate"
+        try:
+            milestones = tuple((time, keep_rate) for time, keep_rate in self.milestones)
+        except (TypeError, ValueError):
+            raise ValueError(f"{rule}, got {self.milestones!r}") from None
+        for time, keep_rate in milestones:
+            _check_time(time, "milestones: each time", minimum="of at least 0")
+            check_keep_rate(keep_rate, "milestones: each keep rate")
+        if not milestones or Time.from_timestring(milestones[0][0]).value != 0:
+            raise ValueError(f"{rule}, the first at time 0, got {self.milestones!r}")
+        object.__setattr__(self, "milestones", milestones)
+
+    def __call__(self, progress: Progress) -> float:
+        starts = [progress.num_batches(time) for time, _ in self.milestones]
+        if starts != sorted(starts):
+            raise ValueError(f"milestones must stand in order of time, got {self.milestones!r}")
+        return [rate for start, (_, rate) in zip(starts, self.milestones, strict=True) if start <= progress.batch][-1]
+
+
+SCHEDULES: dict[str, type] = {schedule.name: schedule for schedule in (Fixed, Linear, Cosine, Cyclic, Piecewise)}
+
+
+def keep_rates(
+    schedule: Schedule, *, epochs: int, batches_per_epoch: int, samples_per_batch: int | None = None
+) -> list[float]:
+    """The keep rate of every batch of a training run.
+
+    Args:
+        schedule: One of the schedules here or any function of a `Progress`.
+        epochs: Epochs of the run.
+        batches_per_epoch: Batches in one epoch.
+        samples_per_batch: Samples in one (global) batch, for schedules with times in samples.
+
+    Returns:
+        `epochs * batches_per_epoch` keep rates in (0, 1].
+    """
+    total = epochs * batches_per_epoch
+    return [
+        check_keep_rate(schedule(Progress(batch, total, batches_per_epoch, samples_per_batch)), "the schedule's result")
+        for batch in range(total)
+    ]

@@ -1,0 +1,127 @@
+"""Schedules against the reference runs, arithmetic by hand, and bad arguments."""
+
+import json
+import pickle
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, Progress, keep_rates
+
+REFERENCE_RUNS = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
+
+
+def run_lengths(rates):
+    return [(rate, len(list(run))) for rate, run in groupby(rates)]
+
+
+@pytest.mark.parametrize("run", REFERENCE_RUNS, ids=lambda r: "-".join(str(v) for v in list(r.values())[:-1]))
+def test_reference_run(run):
+    schedule_class = {"cyclic": Cyclic, "linear": Linear, "cosine": Cosine}[run["schedule"]]
+    schedule = schedule_class(
+        start=1 - run["start_drop"], end=1 - run["end_drop"], step=0.2, cooldown=f"{run['cooldown_epochs']}ep"
+    )
+    rates = keep_rates(schedule, epochs=run["epochs"], batches_per_epoch=run["batches_per_epoch"])
+    runs = run_lengths(rates)
+    assert [length for _, length in runs] == [length for _, length in run["keep_rate_runs"]]
+    for (rate, _), (expected, _) in zip(runs, run["keep_rate_runs"], strict=True):
+        assert rate == pytest.approx(expected, abs=1e-9)
+
+
+def test_reference_runs_are_all_there():
+    assert len(REFERENCE_RUNS) == 60
+
+
+def test_default_is_the_papers_schedule():
+    rates = keep_rates(Cyclic(start=0.2, end=1.1), epochs=4, batches_per_epoch=2502)
+    shares = {rate: rates.count(rate) / len(rates) for rate in (0.2, 0.4, 0.6, 0.8, 1.0)}
+    assert shares == pytest.approx({0.2: 1 / 9, 0.4: 2 / 9, 0.6: 2 / 9, 0.8: 2 / 9, 1.0: 2 / 9}, abs=1e-3)
+    assert sum(rates) / len(rates) == pytest.approx(0.644, abs=1e-3)
+    assert Cyclic() == Cyclic(start=0.2, end=1.1, step=0.2, period="1ep", cooldown="0ep")
+
+
+def test_fixed_needs_no_rounding():
+    assert keep_rates(Fixed(0.55), epochs=1, batches_per_epoch=3) == [0.55, 0.55, 0.55]
+
+
+@pytest.mark.parametrize("period", ["1ep", "8ba", "64sp", "0.25dur"])
+def test_a_period_may_be_counted_in_any_unit(period):
+    rates = keep_rates(Cyclic(0.2, 1.0, step=None, period=period), epochs=4, batches_per_epoch=8, samples_per_batch=8)
+    cycle = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4]
+    assert rates == pytest.approx(cycle * 4)
+
+
+@pytest.mark.parametrize("cooldown", ["1ep", "8ba", "64sp", "0.25dur"])
+def test_cooldown_ends_training_at_one_in_any_unit(cooldown):
+    rates = keep_rates(Cyclic(0.2, 0.6, cooldown=cooldown), epochs=4, batches_per_epoch=8, samples_per_batch=8)
+    assert rates[-8:] == [1.0] * 8
+    assert max(rates[:-8]) == pytest.approx(0.6)
+
+
+def test_a_step_of_none_does_not_round():
+    rates = keep_rates(Linear(0.5, 1.0, step=None), epochs=1, batches_per_epoch=10)
+    assert rates == pytest.approx([0.5 + 0.05 * batch for batch in range(10)])
+
+
+def test_overshoot_is_capped_at_one():
+    rates = keep_rates(Linear(0.5, 2.0, step=None), epochs=1, batches_per_epoch=10)
+    assert max(rates) == 1.0 and rates[:3] == pytest.approx([0.5, 0.65, 0.8])
+
+
+def test_piecewise_holds_each_milestone_until_the_next():
+    schedule = Piecewise([("0ba", 0.4), ("2ba", 0.6), ("1ep", 0.8), ("0.75dur", 1.0)])
+    assert keep_rates(schedule, epochs=2, batches_per_epoch=4) == [0.4, 0.4, 0.6, 0.6, 0.8, 0.8, 1.0, 1.0]
+
+
+def test_a_function_of_progress_is_a_schedule():
+    assert keep_rates(lambda progress: 0.5 + progress / 2, epochs=1, batches_per_epoch=4) == [0.5, 0.625, 0.75, 0.875]
+    with pytest.raises(ValueError, match=r"the schedule's result must be a number in \(0, 1\], got 1\.25"):
+        keep_rates(lambda progress: 1.0 + progress, epochs=1, batches_per_epoch=4)
+
+
+def test_repr_rebuilds_and_pickles():
+    for schedule in (Fixed(0.3), Linear(cooldown="3ba"), Cosine(step=None), Cyclic(period="7ba"),
+                     Piecewise([["0ep", 0.5], ["2ep", 1.0]])):
+        assert eval(repr(schedule)) == schedule
+        assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Fixed(0.0), r"keep_rate must be a number in \(0, 1\], got 0.0"),
+        (lambda: Fixed(1.1), r"keep_rate must be a number in \(0, 1\], got 1.1"),
+        (lambda: Fixed("0.5"), r"keep_rate must be a number in \(0, 1\], got '0.5'"),
+        (lambda: Fixed(float("nan")), r"keep_rate must be a number in \(0, 1\], got nan"),
+        (lambda: Cyclic(start=0.0), r"start must be a keep rate above 0 \(above 1 means overshoot\), got 0.0"),
+        (lambda: Linear(end=-0.1), r"end must be a keep rate above 0 \(above 1 means overshoot\), got -0.1"),
+        (lambda: Linear(start=0.05), r"start must not round to 0 at step=0.2, got 0.05"),
+        (lambda: Linear(step=0), r"step must be None or a number in \(0, 1\], got 0"),
+        (lambda: Cyclic(period="0ep"), r"period must be a time string above 0 in ep, ba, sp, dur .*, got '0ep'"),
+        (lambda: Cyclic(period="1tok"), r"period must be a time string above 0 in ep, ba, sp, dur .*, got '1tok'"),
+        (lambda: Cyclic(cooldown="soon"), r"cooldown must be a time string of at least 0 .*, got 'soon'"),
+        (lambda: Cyclic(cooldown=3), r"cooldown must be a time string of at least 0 .*, got 3"),
+        (lambda: Piecewise([("1ep", 0.5)]), r"milestones must be pairs .*, the first at time 0, got"),
+        (lambda: Piecewise([0.5]), r"milestones must be pairs of a time string and a keep rate, got \[0.5\]"),
+        (lambda: Piecewise([("0ep", 2.0)]), r"milestones: each keep rate must be a number in \(0, 1\], got 2.0"),
+    ],
+)
+def test_bad_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_what_only_training_can_tell():
+    with pytest.raises(ValueError, match="cooldown must be no longer than training, got '3ep' in 8 batches"):
+        keep_rates(Cyclic(cooldown="3ep"), epochs=2, batches_per_epoch=4)
+    with pytest.raises(ValueError, match="'64sp' cannot be counted in batches"):
+        keep_rates(Cyclic(period="64sp"), epochs=2, batches_per_epoch=4)
+    with pytest.raises(ValueError, match="milestones must stand in order of time"):
+        keep_rates(Piecewise([("0ep", 0.5), ("9ba", 1.0), ("2ep", 0.7)]), epochs=3, batches_per_epoch=4)
+
+
+def test_progress_is_the_share_of_training():
+    progress = Progress(25, 100, batches_per_epoch=50, samples_per_batch=4)
+    assert progress == 0.25
+    assert [progress.num_batches(t) for t in ("2ep", "3ba", "8sp", "0.5dur")] == [100, 3, 2, 50]
