@@ -45,19 +45,33 @@ class Progress(float):
         progress.samples_per_batch = samples_per_batch
         return progress
 
-    def num_batches(self, time: str) -> float:
+    def num_batches(self, time: str | Time) -> float:
         """How many batches a time string like `1ep`, `500ba`, `4096sp` or `0.1dur` lasts."""
-        duration = Time.from_timestring(time)
-        batches = {
-            TimeUnit.EPOCH: self.batches_per_epoch,
-            TimeUnit.BATCH: 1,
-            TimeUnit.SAMPLE: self.samples_per_batch and 1 / self.samples_per_batch,
-            TimeUnit.DURATION: self.total_batches,
-        }[duration.unit]
-        if batches is None:
-            raise ValueError(f"{time!r} cannot be counted in batches: the data loader does not tell its length or "
-                             "batch size")
-        return duration.value * batches
+        return count_batches(time, self.batches_per_epoch, self.samples_per_batch, self.total_batches)
+
+
+def count_batches(
+    time: str | Time,
+    batches_per_epoch: int | None = None,
+    samples_per_batch: int | None = None,
+    total_batches: int | None = None,
+) -> float:
+    """How many batches a length of time lasts; the arguments are those of `Progress`.
+
+    Raises:
+        ValueError: A unit of time other than ep, ba, sp, dur, or one whose length in batches is not given.
+    """
+    time = time if isinstance(time, Time) else Time.from_timestring(time)
+    batches_in_unit = {
+        TimeUnit.EPOCH: batches_per_epoch,
+        TimeUnit.BATCH: 1,
+        TimeUnit.SAMPLE: samples_per_batch and 1 / samples_per_batch,
+        TimeUnit.DURATION: total_batches,
+    }.get(time.unit)
+    if batches_in_unit is None:
+        raise ValueError(f"{time.to_timestring()!r} cannot be counted in batches: under a patch sampling schedule, ep "
+                         "needs a data loader with a length, sp one with a batch size, and tok, sec or iter never can")
+    return time.value * batches_in_unit
 
 
 Schedule = Callable[[Progress], float]

@@ -1,0 +1,181 @@
+"""Which patch tokens stay: samplers, the gather, and the module that stands in a model's slot.
+
+A sampler is a function `(tokens, k) -> keep_indices` from patch tokens (B, N, C), without prefix tokens, to the
+int64 indices (B, k) of those that stay, each at most once per image, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pss_composer.schedules import check_keep_rate
+
+Sampler = Callable[[Tensor, int], Tensor]
+
+
+def sample_by_magnitude(tokens: Tensor, k: int) -> Tensor:
+    """The k tokens with the largest L1 norm over channels: the paper's sampler."""
+    return tokens.abs().sum(dim=-1, dtype=torch.float32).topk(k, sorted=False).indices
+
+
+def sample_by_l2_magnitude(tokens: Tensor, k: int) -> Tensor:
+    """The k tokens with the largest L2 norm over channels."""
+    return tokens.float().square().sum(dim=-1).topk(k, sorted=False).indices
+
+
+def sample_at_random(tokens: Tensor, k: int) -> Tensor:
+    """A fresh random set of k tokens for every image, from the global generator of the tokens' device."""
+    scores = torch.rand(tokens.shape[:2], device=tokens.device)
+    return scores.topk(k, sorted=False).indices
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "magnitude": sample_by_magnitude,
+    "l2_magnitude": sample_by_l2_magnitude,
+    "random": sample_at_random,
+}
+
+
+def resolve_sampler(sampler: str | Sampler) -> Sampler:
+    """The sampler of that name, or the function itself.
+
+    Raises:
+        ValueError: Neither the name of a sampler nor a function.
+    """
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return SAMPLERS[sampler]
+    if callable(sampler):
+        return sampler
+    raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)} or a function (tokens, k) -> keep_indices, "
+                     f"got {sampler!r}")
+
+
+def name_sampler(sampler: str | Sampler) -> str:
+    """The sampler as a `repr` that holds no memory address: `'magnitude'`, or a function's dotted name."""
+    if isinstance(sampler, str):
+        return repr(sampler)
+    owner = sampler if hasattr(sampler, "__qualname__") else type(sampler)
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def num_keep(keep_rate: float, num_patches: int, num_prefix_tokens: int = 1) -> int:
+    """How many patch tokens stay at a keep rate.
+
+    The paper's count: the keep rate is a share of all tokens, prefix included, and the prefix always stays. Of
+    196 patches and a class token 38, 78, 117, 157, 196 stay at ρ = 0.2, 0.4, 0.6, 0.8, 1. At least one stays.
+
+    Args:
+        keep_rate: Share of the tokens to keep, in (0, 1].
+        num_patches: Patch tokens of an image, N.
+        num_prefix_tokens: Class, distillation and register tokens.
+    """
+    num_tokens = num_patches + num_prefix_tokens
+    return max(1, round(keep_rate * num_tokens) - num_prefix_tokens)
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """The tokens at the indices, image by image.
+
+    Args:
+        tokens: (B, N, C).
+        indices: (B, k), int64.
+
+    Returns:
+        (B, k, C).
+    """
+    B, N, C = tokens.shape
+    # rows of one long (B * N, C) matrix: index_select copies whole tokens where gather copies single numbers
+    first_rows = torch.arange(0, B * N, N, device=indices.device).unsqueeze(1)
+    return tokens.reshape(B * N, C).index_select(0, (first_rows + indices).flatten()).view(B, -1, C)
+
+
+class PatchSampler(nn.Module):
+    """Keeps a share of an image's patch tokens; the module that `apply_patch_sampling` puts into a model's slot.
+
+    It has no parameters or buffers, so a model's checkpoint is the same with and without it. While every token is
+    kept, it returns its input itself.
+
+    Args:
+        sampler: `magnitude`, `l2_magnitude`, `random`, or a function of the patch tokens
+            `(tokens (B, N, C), k) -> keep_indices (B, k)`.
+        num_prefix_tokens: Tokens before the first patch token; they always stay.
+        keep_rate: Share of the tokens kept in training, in (0, 1].
+        eval_keep_rate: Share of the tokens kept in evaluation and prediction, in (0, 1].
+
+    Attributes:
+        keep_indices: Patch tokens kept in the last forward pass, (B, k) int64 with the prefix excluded; None when
+            every token was kept.
+        num_tokens: Tokens that left the last forward pass, prefix included; None before the first.
+
+    Raises:
+        ValueError: Unknown sampler, or a keep rate outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        sampler: str | Sampler = "magnitude",
+        *,
+        num_prefix_tokens: int = 1,
+        keep_rate: float = 1.0,
+        eval_keep_rate: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.keep_indices: Tensor | None = None
+        self.num_tokens: int | None = None
+        self.configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
+
+    def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
+        """Set all that can be chosen, as in the constructor."""
+        self._sample = resolve_sampler(sampler)
+        self.sampler = sampler
+        self.keep_rate = keep_rate
+        self.eval_keep_rate = eval_keep_rate
+
+    @property
+    def keep_rate(self) -> float:
+        return self._keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, value: float) -> None:
+        self._keep_rate = check_keep_rate(value, "keep_rate")
+
+    @property
+    def eval_keep_rate(self) -> float:
+        return self._eval_keep_rate
+
+    @eval_keep_rate.setter
+    def eval_keep_rate(self, value: float) -> None:
+        self._eval_keep_rate = check_keep_rate(value, "eval_keep_rate")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From tokens (B, P + N, C), P of them prefix tokens, to (B, P + k, C)."""
+        num_prefix_tokens = self.num_prefix_tokens
+        num_patches = tokens.shape[1] - num_prefix_tokens
+        keep_rate = self._keep_rate if self.training else self._eval_keep_rate
+        k = num_keep(keep_rate, num_patches, num_prefix_tokens)
+        self.num_tokens = num_prefix_tokens + k
+        if k == num_patches:
+            self.keep_indices = None
+            return tokens
+        keep_indices = self._sample(tokens[:, num_prefix_tokens:].detach(), k)
+        if keep_indices.shape != (tokens.shape[0], k):
+            raise ValueError(f"sampler must return keep_indices of shape {(tokens.shape[0], k)}, "
+                             f"got {tuple(keep_indices.shape)}")
+        self.keep_indices = keep_indices
+        return gather_tokens(tokens, self.kept_positions())
+
+    def kept_positions(self) -> Tensor | None:
+        """Where the tokens of the last forward pass stood in its input: (B, P + k), or None if all were kept."""
+        if self.keep_indices is None:
+            return None
+        prefix = torch.arange(self.num_prefix_tokens, device=self.keep_indices.device)
+        prefix = prefix.expand(self.keep_indices.shape[0], -1)
+        return torch.cat((prefix, self.keep_indices + self.num_prefix_tokens), dim=1)
+
+    def extra_repr(self) -> str:
+        return (f"sampler={name_sampler(self.sampler)}, num_prefix_tokens={self.num_prefix_tokens}, "
+                f"keep_rate={self.keep_rate}, eval_keep_rate={self.eval_keep_rate}")

@@ -1,0 +1,78 @@
+"""Where a ViT loses its tokens: `apply_patch_sampling` puts a `PatchSampler` into a model's slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from pss_composer.sampling import PatchSampler, Sampler
+from pss_composer.surgery import timm as timm_adapters
+
+# model class -> function that fits a sampler into a model of this class
+ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, PatchSampler], None]] = {
+    **timm_adapters.ADAPTERS,
+}
+
+
+def apply_patch_sampling(
+    model: nn.Module,
+    *,
+    sampler: str | Sampler = "magnitude",
+    keep_rate: float = 1.0,
+    eval_keep_rate: float = 1.0,
+) -> PatchSampler:
+    """Make a ViT keep a share of its patch tokens, in place.
+
+    The keys of its state dict stay as they are, and at a keep rate of 1 so do its outputs, bit for bit. Applied
+    again it changes the settings of the sampler that is there.
+
+    Args:
+        model: A timm `VisionTransformer` or `Beit`, or any module that contains one (a `ComposerModel`, say).
+        sampler: `magnitude` (the paper's), `l2_magnitude`, `random`, or a function of the patch tokens
+            `(tokens (B, N, C), k) -> keep_indices (B, k)`.
+        keep_rate: Share of the tokens kept in training, in (0, 1].
+        eval_keep_rate: Share of the tokens kept in evaluation and prediction, in (0, 1].
+
+    Returns:
+        The sampler in the model; assign to its `keep_rate` and `eval_keep_rate` at any time.
+
+    Raises:
+        TypeError: No model in it whose slot is known, or more than one.
+        ValueError: A keep rate or sampler that is none, or a model whose slot is taken by timm's `patch_drop_rate`.
+    """
+    samplers = [module for module in model.modules() if isinstance(module, PatchSampler)]
+    if len(samplers) > 1:
+        raise TypeError(f"{type(model).__name__} has {len(samplers)} patch samplers; name the model that is meant")
+    if samplers:
+        samplers[0].configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
+        return samplers[0]
+
+    vit, adapter = _find_vit(model)
+    patch_sampler = PatchSampler(
+        sampler, num_prefix_tokens=vit.num_prefix_tokens, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate
+    )
+    adapter(vit, patch_sampler)
+    # a module is born in training mode, also in a model that is being evaluated
+    patch_sampler.train(vit.training)
+    return patch_sampler
+
+
+def _find_vit(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, PatchSampler], None]]:
+    vits = [
+        (module, adapter)
+        for module in model.modules()
+        for model_class, adapter in ADAPTERS.items()
+        # who overrides forward_features may leave the slot out, and nothing would be sampled without a word
+        if isinstance(module, model_class) and type(module).forward_features is model_class.forward_features
+    ]
+    supported = ", ".join(f"{cls.__module__.split('.')[0]} {cls.__name__}" for cls in ADAPTERS)
+    if not vits:
+        inside = ", ".join(sorted({type(child).__name__ for child in model.children()}))
+        name = type(model).__name__ + (f" (of {inside})" if inside else "")
+        raise TypeError(f"no patch sampling slot known for {name}; supported: {supported}")
+    if len(vits) > 1:
+        names = ", ".join(name or "itself" for name, module in model.named_modules() if module in dict(vits))
+        raise TypeError(f"{type(model).__name__} has {len(vits)} ViTs ({names}): call apply_patch_sampling on the one "
+                        "that is meant first")
+    return vits[0]

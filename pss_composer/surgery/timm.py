@@ -1,0 +1,112 @@
+"""timm's ViTs: the slots for a `PatchSampler`, and Beit's relative position bias at the kept tokens.
+
+What a block needs to know of the kept tokens comes to it as an argument, so that activation checkpointing, which
+runs a block again after other forward passes, sees those of its own pass.
+"""
+
+from __future__ import annotations
+
+from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pss_composer.sampling import PatchSampler
+
+
+def fit_vision_transformer(vit: VisionTransformer, sampler: PatchSampler) -> None:
+    """ViT, DeiT, distilled DeiT, DeiT-III, CLIP, SigLIP, ...: timm's own place for dropping patches."""
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise ValueError(f"patch_drop_rate must be 0 under patch sampling, got {vit.patch_drop}")
+    vit.patch_drop = sampler
+
+
+def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
+    """BEiT and SimMIM's ViT: behind the position embedding, and relative position biases at the kept tokens."""
+    attentions = [block.attn for block in beit.blocks]
+    has_bias_per_block = attentions[0].relative_position_bias_table is not None
+    if has_bias_per_block and beit.rel_pos_bias is not None:
+        raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
+    beit.pos_drop = nn.Sequential(beit.pos_drop, sampler)
+    if has_bias_per_block:
+        # Beit calls its shared bias behind pos_drop and hands the result to every block
+        beit.rel_pos_bias = KeptPairs(sampler, attentions[0])
+        for attention in attentions:
+            attention.__class__ = SampledAttention
+    elif beit.rel_pos_bias is not None:
+        beit.rel_pos_bias.__class__ = SampledRelativePositionBias
+        beit.rel_pos_bias.kept_pairs = KeptPairs(sampler, beit.rel_pos_bias)
+
+
+ADAPTERS = {VisionTransformer: fit_vision_transformer, Beit: fit_beit}
+
+
+class KeptPairs(nn.Module):
+    """The relative position index of every pair of tokens that a sampler kept in this forward pass.
+
+    Args:
+        sampler: The sampler that ran before.
+        bias: A module of Beit's with a `relative_position_index` and its `window_size`.
+    """
+
+    def __init__(self, sampler: PatchSampler, bias: Attention | RelativePositionBias) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.register_buffer("relative_position_index", bias.relative_position_index.clone(), persistent=False)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Follow `Beit.set_input_size`."""
+        index = gen_relative_position_index(window_size, device=self.relative_position_index.device)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self) -> Tensor | None:
+        """(B, P + k, P + k) int64, or None if all tokens were kept."""
+        positions = self.sampler.kept_positions()
+        if positions is None:
+            return None
+        rows = self.relative_position_index[positions]
+        return rows.gather(2, positions.unsqueeze(1).expand(-1, positions.shape[1], -1))
+
+
+class SampledAttention(Attention):
+    """Beit's attention, with its bias at the pairs that the argument for a shared bias brings in."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        self._pairs = shared_rel_pos_bias
+        return super().forward(x)
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        pairs, self._pairs = self._pairs, None
+        if pairs is None:
+            return super()._get_rel_pos_bias()
+        return gather_bias(self.relative_position_bias_table, pairs)
+
+
+class SampledRelativePositionBias(RelativePositionBias):
+    """Beit's shared bias at the kept pairs."""
+
+    def forward(self) -> Tensor:
+        pairs = self.kept_pairs()
+        if pairs is None:
+            return super().forward()
+        return gather_bias(self.relative_position_bias_table, pairs)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        super().set_window_size(window_size)
+        self.kept_pairs.set_window_size(window_size)
+
+
+def gather_bias(table: Tensor, pairs: Tensor) -> Tensor:
+    """Relative position bias of each pair of tokens.
+
+    Args:
+        table: (number of relative positions, heads).
+        pairs: Index into the table, (B, T, T) int64.
+
+    Returns:
+        (B, heads, T, T).
+    """
+    B, T, _ = pairs.shape
+    num_heads = table.shape[1]
+    # one head's row of the table after the other: its few kilobytes stay in the cache while B * T * T indices pass
+    index = pairs.view(B, 1, T * T).expand(-1, num_heads, -1)
+    return table.t().contiguous().expand(B, -1, -1).gather(2, index).view(B, num_heads, T, T)
