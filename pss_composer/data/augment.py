@@ -1,0 +1,124 @@
+"""From a PIL image to the model's input: timm's transforms, and the settings of the recipes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import Compose
+
+from pss_composer.errors import InputError
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
+
+
+@dataclass
+class Augmentation:
+    """Settings of `build_transform`; the defaults are those of SimMIM and DeiT fine-tuning at 224 px.
+
+    Args:
+        is_plain: Training images are prepared as evaluation images are: nothing random, whatever stands below.
+        rand_augment: timm's RandAugment string, or None.
+        color_jitter: Strength of brightness, contrast and saturation jitter. timm leaves it out where
+            RandAugment is on, which has its own.
+        interpolation: `bicubic`, `bilinear`, `nearest`, or `random` (bicubic or bilinear, for training).
+        hflip: Probability of a horizontal flip.
+        random_erasing: Probability of filling one rectangle with noise.
+        scale: Range of the random crop's share of the area, in (0, 1].
+        ratio: Range of the random crop's width over height.
+        crop_pct: The evaluation crop's share of the resized image's edge: 224/256 resizes to 256 for 224 px.
+        mean: Of the red, green and blue channels, in [0, 1].
+        std: Of the red, green and blue channels.
+    """
+
+    is_plain: bool = False
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    interpolation: str = "bicubic"
+    hflip: float = 0.5
+    random_erasing: float = 0.25
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    crop_pct: float = 224 / 256
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
+
+
+def check_augmentation(augmentation: Augmentation) -> None:
+    """Check the values of the settings.
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+    a = augmentation
+
+    def require(is_right: bool, key: str, rule: str) -> None:
+        if not is_right:
+            raise InputError(f"augmentation.{key} must be {rule}, got {getattr(a, key)!r}")
+
+    require(a.interpolation in INTERPOLATIONS, "interpolation", f"one of {', '.join(INTERPOLATIONS)}")
+    require(a.color_jitter >= 0, "color_jitter", "at least 0")
+    for key in ("hflip", "random_erasing"):
+        require(0 <= getattr(a, key) <= 1, key, "a probability in [0, 1]")
+    require(len(a.scale) == 2 and 0 < a.scale[0] <= a.scale[1] <= 1, "scale", "a range [low, high] in (0, 1]")
+    require(len(a.ratio) == 2 and 0 < a.ratio[0] <= a.ratio[1], "ratio", "a range [low, high] above 0")
+    require(0 < a.crop_pct <= 1, "crop_pct", "in (0, 1]")
+    require(len(a.mean) == 3 and all(0 <= value <= 1 for value in a.mean), "mean", "three numbers in [0, 1]")
+    require(len(a.std) == 3 and all(value > 0 for value in a.std), "std", "three numbers above 0")
+    require(a.rand_augment is None or _is_rand_augment(a.rand_augment), "rand_augment",
+            "null or a RandAugment string of timm, like rand-m9-mstd0.5-inc1")
+
+
+def _is_rand_augment(config: str) -> bool:
+    # timm's parser answers a bad string with one of these, and skips in silence a section without a number
+    sections = config.split("-")[1:]
+    try:
+        rand_augment_transform(config)
+    except (AssertionError, ValueError):
+        return False
+    return all(section.startswith("t") or any(c.isdigit() for c in section) for section in sections)
+
+
+def build_transform(
+    augmentation: Augmentation, image_size: int, *, is_training: bool
+) -> Callable[[Image.Image], torch.Tensor]:
+    """The transform of one image, through `timm.data.create_transform`.
+
+    Args:
+        augmentation: Settings.
+        image_size: Height and width that the model sees, in pixels.
+        is_training: Random augmentation, unless `augmentation.is_plain`; else resize and centre crop.
+
+    Returns:
+        A function from a PIL image of any size and mode to a normalized float32 tensor (3, H, W).
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+    check_augmentation(augmentation)
+    is_random = is_training and not augmentation.is_plain
+    interpolation = augmentation.interpolation
+    transform = create_transform(
+        image_size,
+        is_training=is_random,
+        scale=tuple(augmentation.scale),
+        ratio=tuple(augmentation.ratio),
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.rand_augment,
+        interpolation="bilinear" if interpolation == "random" and not is_random else interpolation,
+        mean=tuple(augmentation.mean),
+        std=tuple(augmentation.std),
+        re_prob=augmentation.random_erasing,
+        re_mode="pixel",
+        crop_pct=augmentation.crop_pct,
+    )
+    return Compose([_to_rgb, transform])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")

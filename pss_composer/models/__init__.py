@@ -1,0 +1,6 @@
+"""ViTs as ComposerModels."""
+
+from pss_composer.models.deit import DeiT
+from pss_composer.models.simmim import SimMIMClassifier
+
+__all__ = ["DeiT", "SimMIMClassifier"]

@@ -1,0 +1,270 @@
+"""From a recipe to a Composer `Trainer`, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.algorithms import EMA, GradientClipping, LabelSmoothing
+from composer.callbacks import SpeedMonitor
+from composer.core import Algorithm, DataSpec, State, Time
+from composer.loggers import TensorboardLogger
+from composer.models import ComposerModel
+from composer.optim import CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler, LinearScheduler
+from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
+from omegaconf import OmegaConf
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+from pss_composer.algorithm import PatchSamplingSchedule
+from pss_composer.data import build_dataspec
+from pss_composer.errors import InputError
+from pss_composer.loggers import JSONLinesLogger
+from pss_composer.mixing import MixUpCutMix
+from pss_composer.models import DeiT, SimMIMClassifier
+from pss_composer.recipes import build_schedule, load_recipe, name_argument
+from pss_composer.settings import ModelSettings, OptimizerSettings, Recipe, SchedulerSettings
+
+# settings that a resumed run may change: they have no part in what it computes
+FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
+                  "save_num_checkpoints_to_keep", "data.num_workers", "data.path", "load_path", "load_weights_only")
+RECIPE_FILE = "recipe.yaml"
+
+
+def build_model(settings: ModelSettings) -> ComposerModel:
+    """The model of a recipe.
+
+    Raises:
+        InputError: Unknown name, or arguments that do not fit.
+    """
+    arguments = asdict(settings)
+    name = arguments.pop("name")
+    if name not in ("deit", "simmim"):
+        raise InputError(f"model.name must be one of deit, simmim, got {name!r}")
+    if name == "simmim":
+        for deit_only in ("is_distilled", "relative_position_bias"):
+            if arguments.pop(deit_only):
+                raise InputError(f"model.{deit_only} must be false for model.name=simmim, got true")
+    with name_argument("model"):
+        return {"deit": DeiT, "simmim": SimMIMClassifier}[name](**arguments)
+
+
+def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_size: int) -> torch.optim.AdamW:
+    """AdamW over timm's parameter groups.
+
+    Args:
+        model: Its `module` is a timm ViT.
+        settings: A recipe's `optimizer`.
+        batch_size: The global one, for the linear scaling of the learning rate.
+    """
+    vit = model.module
+    lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
+    exempt = vit.no_weight_decay()
+    if settings.layer_decay is None:
+        groups = param_groups_weight_decay(vit, settings.weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(
+            vit, settings.weight_decay, no_weight_decay_list=exempt, layer_decay=settings.layer_decay
+        )
+        for group in groups:
+            # only timm's own schedulers read lr_scale; Composer's multiply each group's lr
+            group["lr"] = lr * group.pop("lr_scale")
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps)
+
+
+def build_scheduler(settings: SchedulerSettings) -> Callable[[State, float], float]:
+    """Composer's warm-up and cosine, with a warm-up that may start above 0."""
+    if Time.from_timestring(settings.warmup).value == 0:
+        return CosineAnnealingScheduler(alpha_f=settings.alpha_f)
+    warmup = LinearScheduler(alpha_i=settings.alpha_i, alpha_f=1.0, t_max=settings.warmup)
+    warmup_and_cosine = CosineAnnealingWithWarmupScheduler(t_warmup=settings.warmup, alpha_f=settings.alpha_f)
+
+    def schedule(state: State, ssr: float = 1.0) -> float:
+        share_of_warmup = warmup(state)
+        return share_of_warmup if share_of_warmup < 1.0 else warmup_and_cosine(state, ssr)
+
+    return schedule
+
+
+def build_algorithms(recipe: Recipe) -> list[Algorithm]:
+    """PSS and the algorithms that a recipe combines it with."""
+    algorithms: list[Algorithm] = []
+    if recipe.pss is not None:
+        algorithms.append(PatchSamplingSchedule(
+            build_schedule(recipe.pss.schedule), sampler=recipe.pss.sampler, eval_keep_rate=recipe.pss.eval_keep_rate
+        ))
+    if recipe.mixing is not None:
+        with name_argument("mixing"):
+            algorithms.append(MixUpCutMix(recipe.model.num_classes, **asdict(recipe.mixing)))
+    if recipe.label_smoothing:
+        algorithms.append(LabelSmoothing(recipe.label_smoothing))
+    if recipe.gradient_clipping is not None:
+        algorithms.append(GradientClipping("norm", recipe.gradient_clipping))
+    if recipe.ema is not None:
+        algorithms.append(EMA(half_life=None, **asdict(recipe.ema)))
+    return algorithms
+
+
+def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
+    """Composer's `parallelism_config`; None is DDP."""
+    if recipe.parallelism == "ddp":
+        return None
+    # Composer tells FSDP1 from FSDP2 by the class of the configuration, under the one key `fsdp`
+    if recipe.parallelism == "fsdp2":
+        return {"fsdp": FSDP2Config(activation_checkpointing=recipe.activation_checkpointing)}
+    return {"fsdp": FSDPConfig(
+        activation_checkpointing=recipe.activation_checkpointing, activation_checkpointing_reentrant=False
+    )}
+
+
+def build_data(recipe: Recipe, split: str) -> DataSpec:
+    """The images of a split, each rank's share of the global batch at a time.
+
+    Raises:
+        InputError: A data setting that breaks a rule, or data that are not there.
+    """
+    key = "train_batch_size" if split == "train" else "eval_batch_size"
+    batch_size, world_size = getattr(recipe, key), dist.get_world_size()
+    if batch_size % world_size:
+        raise InputError(f"{key} must be divisible by the number of processes ({world_size}), got {batch_size}")
+    return build_dataspec(
+        recipe.data.name,
+        split=split,
+        path=recipe.data.path,
+        image_size=recipe.model.image_size,
+        num_classes=recipe.model.num_classes,
+        batch_size=batch_size // world_size,
+        augmentation=recipe.augmentation,
+        num_workers=recipe.data.num_workers,
+        num_samples=recipe.data.num_samples,
+        seed=recipe.seed,
+    )
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """A Composer `Trainer` that is ready to `fit()`.
+
+    Raises:
+        InputError: What only model and data can tell of a recipe.
+    """
+    device = recipe.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    precision = recipe.precision or ("amp_bf16" if device == "gpu" else "fp32")
+    if recipe.deterministic:
+        reproducibility.configure_deterministic_mode()
+    reproducibility.seed_all(recipe.seed)  # every rank starts from the same weights
+    model = build_model(recipe.model)
+    if recipe.activation_checkpointing and recipe.parallelism == "ddp":
+        model.module.set_grad_checkpointing()
+    dist.initialize_dist(device)
+    train_data, eval_data = build_data(recipe, "train"), build_data(recipe, "val")
+    _check_durations(recipe, train_data)
+    loggers = [JSONLinesLogger(Path(recipe.save_folder) / "metrics.jsonl")]
+    if recipe.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(Path(recipe.save_folder) / "tensorboard")))
+    return Trainer(
+        model=model,
+        train_dataloader=train_data,
+        eval_dataloader=eval_data,
+        max_duration=recipe.max_duration,
+        eval_interval=recipe.eval_interval,
+        optimizers=build_optimizer(model, recipe.optimizer, recipe.train_batch_size),
+        schedulers=build_scheduler(recipe.scheduler),
+        algorithms=build_algorithms(recipe),
+        callbacks=[SpeedMonitor(window_size=10)],
+        loggers=loggers,
+        run_name=recipe.run_name,
+        progress_bar=recipe.progress_bar,
+        load_path=recipe.load_path,
+        load_weights_only=recipe.load_weights_only,
+        save_folder=recipe.save_folder,
+        save_interval=recipe.save_interval,
+        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
+        save_overwrite=recipe.save_overwrite,
+        autoresume=recipe.autoresume,
+        device=device,
+        precision=precision,
+        device_train_microbatch_size=recipe.microbatch_size,
+        parallelism_config=build_parallelism(recipe),
+        compile_config={} if recipe.compile else None,
+        seed=recipe.seed,
+    )
+
+
+def train(recipe: Recipe) -> Trainer:
+    """Train a recipe from its start, or from its last checkpoint under `autoresume`.
+
+    Raises:
+        InputError: What a user can mend; nothing is written then.
+    """
+    _check_save_folder(recipe)
+    trainer = build_trainer(recipe)
+    _write_recipe(recipe)
+    trainer.fit()
+    trainer.close()
+    return trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `train.py`: a recipe and overrides. Exit status 1, with one line, on bad input."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a recipe: composer train.py yamls/digits_pss.yaml train_batch_size=32"
+    )
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input, too")
+    options = parser.parse_args(arguments)
+    try:
+        train(load_recipe(options.recipe, options.overrides))
+    except InputError as error:
+        if options.debug:
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
+    """Warm-up and cooldown must fit into training."""
+    from pss_composer.schedules import Progress, count_batches
+
+    lengths = {"batches_per_epoch": len(train_data.dataloader), "samples_per_batch": recipe.train_batch_size}
+    total_batches = count_batches(recipe.max_duration, **lengths)
+    if count_batches(recipe.scheduler.warmup, **lengths, total_batches=total_batches) > total_batches:
+        raise InputError(f"scheduler.warmup must be no longer than max_duration={recipe.max_duration}, "
+                         f"got {recipe.scheduler.warmup!r}")
+    if recipe.pss is not None:
+        with name_argument("pss.schedule"):
+            build_schedule(recipe.pss.schedule)(Progress(0, total_batches, **lengths))
+
+
+def _check_save_folder(recipe: Recipe) -> None:
+    """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten."""
+    folder = Path(recipe.save_folder)
+    earlier = folder / RECIPE_FILE
+    if recipe.save_overwrite or not earlier.exists():
+        return
+    if not recipe.autoresume:
+        raise InputError(f"save_folder must be free, {folder} holds a run: set autoresume=true to go on with it, "
+                         "save_overwrite=true to replace it, or another run_name")
+    there, here = _flatten(OmegaConf.to_container(OmegaConf.load(earlier))), _flatten(asdict(recipe))
+    for key in {**there, **here}:
+        if there.get(key) != here.get(key) and key not in FREE_ON_RESUME:
+            raise InputError(f"save_folder must be of the same recipe under autoresume, {folder} was trained with "
+                             f"{key}={there.get(key)!r}, got {here.get(key)!r}")
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    if dist.get_global_rank() == 0:
+        folder = Path(recipe.save_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(recipe), folder / RECIPE_FILE)
