@@ -8,6 +8,7 @@ from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from timm.models import beit, vision_transformer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -77,6 +78,8 @@ class ViTClassifier(ComposerClassifier):
             vit,
             train_metrics=MetricCollection({"top1": top1.clone()}),
             val_metrics=MetricCollection({"cross_entropy": CrossEntropy(), "top1": top1, "top5": top5}),
+            # torch's own takes soft targets; Composer's soft_cross_entropy adds checks that wait for the GPU
+            loss_fn=cross_entropy,
         )
         # Composer asks the ComposerModel's children, not itself
         vit.fsdp_wrap_fn = is_block
