@@ -9,7 +9,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from pss_composer.sampling import PatchSampler, Sampler, name_sampler
+from pss_composer.sampling import PatchSampler, Sampler, describe
 from pss_composer.schedules import Cyclic, Progress, Schedule, check_keep_rate, count_batches
 from pss_composer.surgery import apply_patch_sampling
 
@@ -21,7 +21,7 @@ class PatchSamplingSchedule(Algorithm):
 
     Runs on `Event.INIT`, where it puts a `PatchSampler` into the model, and on `Event.BATCH_START`, where it sets
     that batch's keep rate; all microbatches of a batch share it. On `Event.BATCH_END` it logs `pss/keep_rate` and
-    `pss/tokens`, the tokens of an image that the model's blocks saw. There is nothing to save: the keep rate follows
+    `pss/tokens`, the tokens of an image that the model's blocks saw (read on `Event.AFTER_FORWARD`). There is nothing to save: the keep rate follows
     from the timestamp alone, so a resumed run goes on where it was, and every rank has the same keep rate.
 
     Args:
@@ -54,13 +54,11 @@ class PatchSamplingSchedule(Algorithm):
         PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # a bad argument is told here, not at INIT
 
     def __repr__(self) -> str:
-        is_function = hasattr(self.schedule, "__qualname__")
-        schedule = f"{self.schedule.__module__}.{self.schedule.__qualname__}" if is_function else repr(self.schedule)
-        return (f"PatchSamplingSchedule(schedule={schedule}, sampler={name_sampler(self.sampler)}, "
+        return (f"PatchSamplingSchedule(schedule={describe(self.schedule)}, sampler={describe(self.sampler)}, "
                 f"eval_keep_rate={self.eval_keep_rate})")
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.BATCH_START, Event.BATCH_END)
+        return event in (Event.INIT, Event.BATCH_START, Event.AFTER_FORWARD, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
@@ -73,11 +71,13 @@ class PatchSamplingSchedule(Algorithm):
         elif event == Event.BATCH_START:
             keep_rate = self.schedule(read_progress(state))
             self._patch_sampler.keep_rate = check_keep_rate(keep_rate, "the schedule's result")
+        elif event == Event.AFTER_FORWARD:
+            # a model may compute its training metrics in another forward pass, in eval mode, before the batch ends
+            self._num_tokens = self._patch_sampler.num_tokens
         else:
-            logger.log_metrics({
-                "pss/keep_rate": self._patch_sampler.keep_rate,
-                "pss/tokens": self._patch_sampler.num_tokens,
-            })
+            metrics = {"pss/keep_rate": self._patch_sampler.keep_rate, "pss/tokens": self._num_tokens}
+            # the step of the batch's loss; the timestamp is that of the next batch already
+            logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
 
 
 def read_progress(state: State) -> Progress:

@@ -11,13 +11,13 @@ from torchvision.transforms import v2
 class MixUpCutMix(Algorithm):
     """Mixes every training batch with itself: CutMix with probability `switch_prob`, else mixup.
 
-    Mixup (https://arxiv.org/abs/1710.09412) blends two images, CutMix (https://arxiv.org/abs/1905.04899) pastes
-    a rectangle of one into the other; the labels become shares of the two classes. Runs on
+    Mixup (https://arxiv.org/abs/1710.09412) blends two images, CutMix (https://arxiv.org/abs/1905.04899)
+    pastes a rectangle of one into the other; the labels become shares of the two classes. Runs on
     `Event.AFTER_DATALOADER`, on the device: images (B, 3, H, W) and labels (B,) become images and soft labels
     (B, num_classes), before the batch is split into microbatches.
 
-    All draws come from torch's CPU generator, whose state Composer keeps in checkpoints, so a resumed run mixes
-    as it would have without the stop, and the GPU is never waited for.
+    All draws come from torch's CPU generator, whose state Composer keeps in checkpoints, so a resumed run
+    mixes as it would have without the stop, and the GPU is never waited for.
 
     Args:
         num_classes: Classes, at least 1.
@@ -33,7 +33,12 @@ class MixUpCutMix(Algorithm):
     """
 
     def __init__(
-        self, num_classes: int, *, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0, switch_prob: float = 0.5
+        self,
+        num_classes: int,
+        *,
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        switch_prob: float = 0.5,
     ) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")

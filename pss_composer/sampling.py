@@ -53,12 +53,11 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
                      f"got {sampler!r}")
 
 
-def name_sampler(sampler: str | Sampler) -> str:
-    """The sampler as a `repr` that holds no memory address: `'magnitude'`, or a function's dotted name."""
-    if isinstance(sampler, str):
-        return repr(sampler)
-    owner = sampler if hasattr(sampler, "__qualname__") else type(sampler)
-    return f"{owner.__module__}.{owner.__qualname__}"
+def describe(setting: object) -> str:
+    """A `repr` that holds no memory address: of a function, and of an object without its own, the dotted name."""
+    owner = setting if hasattr(setting, "__qualname__") else type(setting)
+    has_address = " at 0x" in repr(setting)
+    return f"{owner.__module__}.{owner.__qualname__}" if has_address or owner is setting else repr(setting)
 
 
 def num_keep(keep_rate: float, num_patches: int, num_prefix_tokens: int = 1) -> int:
@@ -177,5 +176,5 @@ class PatchSampler(nn.Module):
         return torch.cat((prefix, self.keep_indices + self.num_prefix_tokens), dim=1)
 
     def extra_repr(self) -> str:
-        return (f"sampler={name_sampler(self.sampler)}, num_prefix_tokens={self.num_prefix_tokens}, "
+        return (f"sampler={describe(self.sampler)}, num_prefix_tokens={self.num_prefix_tokens}, "
                 f"keep_rate={self.keep_rate}, eval_keep_rate={self.eval_keep_rate}")

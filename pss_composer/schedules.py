@@ -68,6 +68,8 @@ def count_batches(
         TimeUnit.SAMPLE: samples_per_batch and 1 / samples_per_batch,
         TimeUnit.DURATION: total_batches,
     }.get(time.unit)
+    if time.value == 0:
+        return 0  # in any unit, also where '1ep' has no meaning
     if batches_in_unit is None:
         raise ValueError(f"{time.to_timestring()!r} cannot be counted in batches: under a patch sampling schedule, ep "
                          "needs a data loader with a length, sp one with a batch size, and tok, sec or iter never can")

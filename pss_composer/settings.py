@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
 from pss_composer.data.augment import Augmentation
-
-# OmegaConf reads `Optional[X]`, not `X | None`
-# ruff: noqa: UP045
 
 
 @dataclass
@@ -25,9 +22,9 @@ class ModelSettings:
     drop_path: float = 0.1
     is_distilled: bool = False
     relative_position_bias: bool = False
-    embed_dim: Optional[int] = None
-    depth: Optional[int] = None
-    num_heads: Optional[int] = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
 
 
 @dataclass
@@ -35,7 +32,7 @@ class DataSettings:
     """Where the images come from: `digits`, `folder`, `streaming` or `synthetic`."""
 
     name: str = MISSING
-    path: Optional[str] = None
+    path: str | None = None
     num_workers: int = 8
     num_samples: int = 1024  # of `synthetic`, in each split
 
@@ -45,11 +42,11 @@ class OptimizerSettings:
     """torch's AdamW; no weight decay on what timm exempts: biases, norms, position embeddings, class token."""
 
     lr: float = MISSING
-    lr_batch_size: Optional[int] = None  # lr is for this global batch size and scales with it; null: lr as it is
+    lr_batch_size: int | None = None  # lr is for this global batch size and scales with it; null: lr as it is
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.05
-    layer_decay: Optional[float] = None  # learning rate of a block by that of the next one
+    layer_decay: float | None = None  # learning rate of a block by that of the next one
 
 
 @dataclass
@@ -95,10 +92,10 @@ class Recipe:
     eval_batch_size: int = MISSING
     eval_interval: str = "1ep"
 
-    device: Optional[str] = None
+    device: str | None = None
     parallelism: str = "ddp"
-    precision: Optional[str] = None
-    microbatch_size: Optional[int] = None
+    precision: str | None = None
+    microbatch_size: int | None = None
     activation_checkpointing: bool = False
     compile: bool = False
 
@@ -107,18 +104,18 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
-    mixing: Optional[MixingSettings] = None
+    mixing: MixingSettings | None = None
     label_smoothing: float = 0.0
-    gradient_clipping: Optional[float] = None
-    ema: Optional[EMASettings] = None
-    pss: Optional[PSSSettings] = None
+    gradient_clipping: float | None = None
+    ema: EMASettings | None = None
+    pss: PSSSettings | None = None
 
     save_folder: str = "runs/${run_name}"
     save_interval: str = "1ep"
     save_num_checkpoints_to_keep: int = 1
     save_overwrite: bool = False
     autoresume: bool = False
-    load_path: Optional[str] = None
+    load_path: str | None = None
     load_weights_only: bool = False
 
     progress_bar: bool = True

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.algorithms import EMA, GradientClipping, LabelSmoothing
+from composer.algorithms import GradientClipping, LabelSmoothing
 from composer.callbacks import SpeedMonitor
 from composer.core import Algorithm, DataSpec, State, Time
 from composer.loggers import TensorboardLogger
@@ -23,6 +23,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.data import build_dataspec
+from pss_composer.ema import EMA
 from pss_composer.errors import InputError
 from pss_composer.loggers import JSONLinesLogger
 from pss_composer.mixing import MixUpCutMix
@@ -204,7 +205,8 @@ def train(recipe: Recipe) -> Trainer:
     _check_save_folder(recipe)
     trainer = build_trainer(recipe)
     _write_recipe(recipe)
-    trainer.fit()
+    if trainer.state.timestamp < trainer.state.max_duration:  # else autoresume found a run that is at its end
+        trainer.fit()
     trainer.close()
     return trainer
 

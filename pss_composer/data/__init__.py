@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ def build_dataspec(
 ) -> DataSpec:
     """A source of batches (images (B, 3, H, W) float32, labels (B,) int64) for Composer's Trainer.
 
-    Training sees the images in a new order every epoch and drops the incomplete last batch; evaluation sees all
-    of them, in order, with nothing random. What training sees depends on the seed alone, not on the number of
-    workers or on where a run was stopped and resumed. It draws nothing from the global random generators.
+    Training sees the images in a new order every epoch and drops the incomplete last batch; evaluation sees
+    all of them, in order, with nothing random. What training sees depends on the seed alone, not on the
+    number of workers or on where a run was stopped and resumed. Nothing is drawn from the global random
+    generators; to resume what else draws from them, call `restore_generators`.
 
     Args:
         name: One of `DATA_SOURCES`: `digits` (scikit-learn's, written to `path` on first use), `folder` (a
@@ -63,7 +65,8 @@ def build_dataspec(
     if split not in ("train", "val"):
         raise InputError(f"split must be train or val, got {split!r}")
     if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1 per device, got {batch_size}")
+        key = "train_batch_size" if split == "train" else "eval_batch_size"
+        raise InputError(f"{key} must be at least 1 on every device, got {batch_size}")
     if num_workers < 0:
         raise InputError(f"data.num_workers must be at least 0, got {num_workers}")
 
@@ -73,35 +76,49 @@ def build_dataspec(
     if name == "synthetic":
         from pss_composer.data.synthetic import SyntheticImages
 
-        dataset = SyntheticImages(num_samples, image_size=image_size, num_classes=num_classes, seed=seed, split=split)
+        dataset = SyntheticImages(
+            num_samples, image_size=image_size, num_classes=num_classes, seed=seed, split=split
+        )
     elif name == "folder":
         from pss_composer.data.folder import FolderImages
 
-        dataset = FolderImages(_find_split(path, split), num_classes=num_classes, transform=transform, seed=seed)
+        folder = _find_split(path, split)
+        dataset = FolderImages(folder, num_classes=num_classes, transform=transform, seed=seed)
     else:
         from pss_composer.data.streaming import StreamingImages
 
         if name == "digits":
             _prepare_digits(path, num_classes)
+        folder = _find_split(path, split)
         dataset = StreamingImages(
-            _find_split(path, split), transform=transform, batch_size=batch_size, shuffle=is_training, seed=seed
+            folder, transform=transform, batch_size=batch_size, shuffle=is_training, seed=seed
         )
-    return _build_loader(dataset, is_training=is_training, batch_size=batch_size, num_classes=num_classes,
-                         num_workers=num_workers, seed=seed)
+    return _build_loader(
+        dataset,
+        is_training=is_training,
+        batch_size=batch_size,
+        num_classes=num_classes,
+        num_workers=num_workers,
+        seed=seed,
+    )
 
 
 def _build_loader(
     dataset: Dataset, *, is_training: bool, batch_size: int, num_classes: int, num_workers: int, seed: int
 ) -> DataSpec:
-    is_streaming = isinstance(dataset, IterableDataset)
-    sampler = None if is_streaming else EpochSampler(
-        dataset,
-        num_replicas=dist.get_world_size(),
-        rank=dist.get_global_rank(),
-        shuffle=is_training,
-        seed=seed,
-        drop_last=is_training,
-    )
+    if isinstance(dataset, IterableDataset):
+        # a StreamingDataset deals its images out to the devices itself, and its length is that of one device
+        sampler, num_samples = None, dataset.size
+    else:
+        num_samples = len(dataset)
+        sampler = EpochSampler(
+            dataset,
+            num_replicas=dist.get_world_size(),
+            rank=dist.get_global_rank(),
+            shuffle=is_training,
+            seed=seed,
+            drop_last=is_training,
+        )
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -113,22 +130,25 @@ def _build_loader(
         # every pass over a loader draws a seed for its workers, by default from the global generator
         generator=torch.Generator(),
     )
-    num_samples = dataset.size if is_streaming else len(dataset)
     if is_training and len(loader) == 0:
+        global_batch_size = batch_size * dist.get_world_size()
         raise InputError(
-            f"batch_size times devices must be at most the {num_samples} training images, "
-            f"got {batch_size} * {dist.get_world_size()}"
+            f"train_batch_size must be at most the {num_samples} training images, got {global_batch_size}"
         )
 
     def check_labels(batch: list[torch.Tensor]) -> list[torch.Tensor]:
         # here and not in a worker, whose exceptions arrive with a traceback in their message
-        low, high = batch[1].aminmax()
-        if low < 0 or high >= num_classes:
-            label = int(high if low >= 0 else low)
-            raise InputError(f"labels must be at least 0 and below model.num_classes={num_classes}, got {label}")
+        for label in batch[1].aminmax():
+            if not 0 <= label < num_classes:
+                raise InputError(f"labels must be in [0, model.num_classes={num_classes}), got {int(label)}")
         return batch
 
-    return DataSpec(loader, num_samples=num_samples, batch_transforms=check_labels)
+    return DataSpec(loader, num_samples=num_samples, batch_transforms=check_labels, split_batch=_split_batch)
+
+
+def _split_batch(batch: Sequence[torch.Tensor], microbatch_size: int) -> list[tuple[torch.Tensor, ...]]:
+    # Composer's own warns about every last batch that is smaller than a microbatch
+    return list(zip(*(tensor.split(microbatch_size) for tensor in batch), strict=True))
 
 
 def _find_split(path: str | None, split: str) -> Path:
@@ -148,7 +168,7 @@ def _prepare_digits(path: str | None, num_classes: int) -> None:
     if path is None:
         raise InputError("data.path must name a folder for the digits, got null")
     if num_classes < NUM_CLASSES:
-        raise InputError(f"model.num_classes must be at least the {NUM_CLASSES} classes of the digits, got {num_classes}")
+        raise InputError(f"model.num_classes must be at least {NUM_CLASSES} for digits, got {num_classes}")
     prepare_digits(Path(path))
 
 

@@ -18,7 +18,7 @@ HELD_OUT = 5  # every fifth image is held out
 
 
 def prepare_digits(path: Path) -> None:
-    """Write the digits as MDS folders `path/train` (1,437 images) and `path/val` (360), unless they are there.
+    """Write the digits as MDS folders `path/train` (1,437 images) and `path/val` (360), unless there.
 
     The folder appears whole or not at all: it is written beside its place and then renamed. On every node the
     first process writes and the others wait.
@@ -29,8 +29,9 @@ def prepare_digits(path: Path) -> None:
     Raises:
         InputError: The folder holds something else, or scikit-learn is missing.
     """
-    if path.exists() and not (path.is_dir() and (_has_digits(path) or not any(path.iterdir()))):
-        raise InputError(f"data.path must be a new or empty folder or one with digits in it, got {str(path)!r}")
+    # in this order, a process of another run may put the digits there in between
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _has_digits(path))):
+        raise InputError(f"data.path must be a new or empty folder, or hold the digits, got {str(path)!r}")
     if dist.get_local_rank() == 0 and not _has_digits(path):
         images, labels = _load_digits()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("data.name=digits needs scikit-learn, got none: pip install 'pss-composer[digits]'") from None
+        message = "data.name=digits needs scikit-learn, got none: pip install 'pss-composer[digits]'"
+        raise InputError(message) from None
     digits = load_digits()
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target

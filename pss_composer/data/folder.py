@@ -44,7 +44,9 @@ class FolderImages(ImageFolder):
         # the class number is the place of the name in the alphabet: one name more or less shifts the rest
         train_folder = folder.parent / "train"
         if train_folder.is_dir() and find_classes(str(train_folder))[0] != self.classes:
-            raise InputError(f"data.path must hold the same class folders in every split, got others in {str(folder)!r}")
+            raise InputError(
+                f"data.path must hold the same class folders in every split, got others in {str(folder)!r}"
+            )
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:

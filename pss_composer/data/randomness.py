@@ -24,8 +24,8 @@ def derive_seed(*parts: int | str) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators inside the block, and put them back afterwards.
 
-    timm's transforms draw from all three. Putting them back keeps a data loader without workers, which runs in
-    the main process, from disturbing the generators that training draws from.
+    timm's transforms draw from all three. Putting them back keeps a data loader without workers, which runs
+    in the main process, from disturbing the generators that training draws from.
 
     Args:
         seed: In [0, 2**64).
@@ -44,13 +44,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class EpochSampler(DistributedSampler):
-    """A DistributedSampler that yields (epoch, index): a persistent worker has no other way to know the epoch.
+    """A DistributedSampler that yields (epoch, index): how else would a persistent worker know the epoch.
 
     Composer finds it by its base class and sets its epoch.
     """
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super(EpochSampler, self).__iter__())
+        return ((self.epoch, index) for index in super().__iter__())
 
 
 def restore_generators(trainer: Trainer) -> None:
@@ -63,7 +63,8 @@ def restore_generators(trainer: Trainer) -> None:
     Args:
         trainer: A Trainer that may have loaded a checkpoint; any other is left alone.
     """
-    is_unspun = "train" in trainer.state.dataset_resumption and trainer.state.timestamp.batch_in_epoch.value > 0
+    state = trainer.state
+    is_unspun = "train" in state.dataset_resumption and state.timestamp.batch_in_epoch.value > 0
     if is_unspun and trainer._rng_state is not None:
         reproducibility.load_rng_state(trainer._rng_state)
         trainer._rng_state = None

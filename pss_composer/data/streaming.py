@@ -22,7 +22,7 @@ class StreamingImages(StreamingImageNet):
     Args:
         folder: Folder of one split, with its `index.json`.
         transform: From a PIL image to a tensor (3, H, W).
-        batch_size: Images in the batch of one device. The order of the images depends on it.
+        batch_size: Images in the batch of one device: which image goes to which worker depends on it.
         shuffle: A new order in every epoch, else that of the shards.
         seed: Seeds the order and the transform, at least 0.
 
@@ -44,9 +44,8 @@ class StreamingImages(StreamingImageNet):
             local=str(folder),
             batch_size=batch_size,
             shuffle=shuffle,
-            shuffle_algo="py1e",
             shuffle_seed=seed,
-            # the default, 64 per node, pads every epoch to a multiple of 64 with repeated images
+            # by default 64 per node, all made equally long by repeating images, in evaluation, too
             num_canonical_nodes=dist.get_world_size() // dist.get_local_world_size(),
             transform=transform,
         )
@@ -71,13 +70,14 @@ class StreamingImages(StreamingImageNet):
 def _check_index(folder: Path) -> None:
     index_path = folder / "index.json"
     if not index_path.is_file():
-        raise InputError(f"data.path must hold MDS shards with an index.json in every split, got {str(folder)!r}")
+        raise InputError(f"data.path must hold MDS shards, got no index.json in {str(folder)!r}")
     try:
         shards = json.loads(index_path.read_text())["shards"]
         columns = {column for shard in shards for column in shard["column_names"]}
         num_samples = sum(shard["samples"] for shard in shards)
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"data.path must hold MDS shards, got an index.json that names none in {str(folder)!r}") from None
+        message = f"data.path must hold MDS shards, got an index.json that names none in {str(folder)!r}"
+        raise InputError(message) from None
     if num_samples == 0:
         raise InputError(f"data.path must hold at least one image, got none in {str(folder)!r}")
     if not {"x", "y"} <= columns:

@@ -10,7 +10,7 @@ from pss_composer.errors import InputError
 
 
 class SyntheticImages(Dataset):
-    """Normally distributed pixels, made when they are asked for and the same in every epoch; for `EpochSampler`.
+    """Normally distributed pixels, made when asked for and the same in every epoch; for `EpochSampler`.
 
     Args:
         num_samples: Images.

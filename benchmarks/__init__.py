@@ -1,0 +1,1 @@
+"""Claims about speed, each a program that measures it; README.md has the commands and what they gave."""
