@@ -1,9 +1,24 @@
-"""The one error for what a user can cause and mend."""
+"""The one error for what a user can cause and mend, and how the command lines tell it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Bad input: one line that names the key or argument, the rule and the value.
 
-    The command line prints the message alone and exits with status 1; any other exception is a bug of
-    this project and keeps its traceback.
+    The command lines print the message alone and exit with status 1; any other exception is a bug of this project
+    and keeps its traceback.
     """
+
+
+@contextmanager
+def exit_on_input_error(*, debug: bool) -> Iterator[None]:
+    """Ends the program with one line and exit status 1 on an `InputError`; with its traceback under `debug`."""
+    try:
+        yield
+    except InputError as error:
+        if debug:
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,13 +21,14 @@ from omegaconf import OmegaConf
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from pss_composer.algorithm import PatchSamplingSchedule
-from pss_composer.data import build_dataspec
+from pss_composer.data import build_dataspec, restore_generators
 from pss_composer.ema import EMA
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, exit_on_input_error
 from pss_composer.loggers import JSONLinesLogger
 from pss_composer.mixing import MixUpCutMix
 from pss_composer.models import DeiT, SimMIMClassifier
 from pss_composer.recipes import build_schedule, load_recipe, name_argument
+from pss_composer.schedules import Progress, count_batches
 from pss_composer.settings import ModelSettings, OptimizerSettings, Recipe, SchedulerSettings
 
 # settings that a resumed run may change: they have no part in what it computes
@@ -220,18 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input, too")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_input_error(debug=options.debug):
         train(load_recipe(options.recipe, options.overrides))
-    except InputError as error:
-        if options.debug:
-            raise
-        sys.exit(f"error: {error}")
 
 
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
     """Warm-up and cooldown must fit into training."""
-    from pss_composer.schedules import Progress, count_batches
-
     lengths = {"batches_per_epoch": len(train_data.dataloader), "samples_per_batch": recipe.train_batch_size}
     total_batches = count_batches(recipe.max_duration, **lengths)
     if count_batches(recipe.scheduler.warmup, **lengths, total_batches=total_batches) > total_batches:

@@ -1,0 +1,44 @@
+"""The command line: `python -m pss_composer COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pss_composer.errors import InputError, exit_on_input_error
+from pss_composer.evaluation import KEEP_RATES, load_run
+from pss_composer.report import format_table, plot_kept_patches, plot_schedule
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pss_composer", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input, too")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    evaluate = commands.add_parser("evaluate", help="print what trained runs do at each keep rate")
+    report = commands.add_parser("report", help="print the same table and draw the schedule and the kept patches")
+    for command in (evaluate, report):
+        command.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a trained recipe")
+        command.add_argument("--keep-rates", nargs="+", type=float, default=KEEP_RATES, metavar="ρ")
+    report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
+    options = parser.parse_args(arguments)
+    with exit_on_input_error(debug=options.debug):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    for keep_rate in options.keep_rates:
+        if not 0 < keep_rate <= 1:
+            raise InputError(f"--keep-rates must be in (0, 1], got {keep_rate}")
+    runs = [load_run(folder) for folder in options.runs]
+    print(format_table(runs, options.keep_rates))
+    if options.command == "report":
+        options.out.mkdir(parents=True, exist_ok=True)
+        schedule, patches = options.out / "schedule.png", options.out / "patches.png"
+        plot_schedule(runs, schedule)
+        plot_kept_patches(runs[-1], patches)
+        print(f"\npictures: {schedule}, {patches}")
+
+
+if __name__ == "__main__":
+    main()

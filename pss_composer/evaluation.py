@@ -1,0 +1,118 @@
+"""What a trained model does at each keep rate, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.models import ComposerModel
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pss_composer.errors import InputError
+from pss_composer.sampling import PatchSampler
+from pss_composer.settings import Recipe
+from pss_composer.surgery import apply_patch_sampling
+from pss_composer.training import RECIPE_FILE, build_data, build_model
+
+KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
+CHECKPOINT_FILE = "latest-rank0.pt"
+
+
+@dataclass
+class Run:
+    """A finished run, read from its folder: the recipe, the trained model with a sampler in it, the sampler."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    model: ComposerModel
+    patch_sampler: PatchSampler
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's recipe and its last checkpoint.
+
+    Raises:
+        InputError: No run in this folder, or one without a checkpoint.
+    """
+    folder = Path(folder)
+    for name in (RECIPE_FILE, CHECKPOINT_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"run must be the save_folder of a trained recipe, no {name} in {folder}")
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(folder / RECIPE_FILE)))
+    except OmegaConfBaseException as error:
+        raise InputError(f"run must hold a recipe of this version, {folder / RECIPE_FILE} is none: "
+                         f"{str(error).splitlines()[0]}") from error
+    model = build_model(recipe.model)
+    sampler = recipe.pss.sampler if recipe.pss is not None else "magnitude"
+    patch_sampler = apply_patch_sampling(model, sampler=sampler)
+    Trainer(
+        model=model, load_path=str(folder / CHECKPOINT_FILE), load_weights_only=True, load_progress_bar=False,
+        progress_bar=False,
+    ).close()
+    return Run(recipe.run_name, folder, recipe, model, patch_sampler)
+
+
+def evaluate(
+    model: ComposerModel, patch_sampler: PatchSampler, data: DataSpec, keep_rates: Sequence[float] = KEEP_RATES
+) -> dict[float, dict[str, float]]:
+    """A model's metrics at each keep rate; its `eval_keep_rate` afterwards is what it was.
+
+    Args:
+        model: A model with a sampler in it.
+        patch_sampler: That sampler.
+        data: Evaluation data.
+        keep_rates: Shares of the tokens to keep, each in (0, 1].
+
+    Returns:
+        Keep rate -> metric name -> value.
+    """
+    trainer = Trainer(model=model, progress_bar=False)
+    before = patch_sampler.eval_keep_rate
+    metrics = {}
+    for keep_rate in keep_rates:
+        patch_sampler.eval_keep_rate = keep_rate
+        trainer.eval(eval_dataloader=data)
+        metrics[keep_rate] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+    patch_sampler.eval_keep_rate = before
+    trainer.close()
+    return metrics
+
+
+def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
+    """`evaluate` on the evaluation data of a run's recipe."""
+    return evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
+
+
+def count_flops(model: nn.Module, images: Tensor) -> int:
+    """FLOPs of a forward pass over a batch, by torch's counter.
+
+    Args:
+        model: Any module that takes images.
+        images: (B, 3, H, W).
+    """
+    # the counter does not know the CPU's fused attention, but it does know the matrix products that it is made of
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+def flop_shares(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, float]:
+    """Keep rate -> FLOPs of a forward pass as a share of those at ρ = 1."""
+    vit, size = run.model.module.eval(), run.recipe.model.image_size
+    images = torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
+    flops = {}
+    for keep_rate in {1.0, *keep_rates}:
+        run.patch_sampler.eval_keep_rate = keep_rate
+        flops[keep_rate] = count_flops(vit, images)
+    run.patch_sampler.eval_keep_rate = 1.0
+    return {keep_rate: flops[keep_rate] / flops[1.0] for keep_rate in keep_rates}

@@ -1,0 +1,185 @@
+"""A table and pictures of finished runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pss_composer.data.augment import Augmentation
+from pss_composer.errors import InputError
+from pss_composer.evaluation import KEEP_RATES, Run, evaluate_run, flop_shares
+from pss_composer.training import build_data
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+COLORS = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#b08900")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl` in order of batches; of a batch trained twice, the later line."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"run must be the save_folder of a trained recipe, no metrics.jsonl in {folder}")
+    by_batch: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        metrics = json.loads(line)
+        is_training = "loss/train/total" in metrics
+        by_batch[metrics["batch"], is_training] = metrics
+    return [by_batch[key] for key in sorted(by_batch)]
+
+
+def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that a run spent in training, evaluation excluded."""
+    return max(line.get("wall_clock/train", 0.0) for line in lines)
+
+
+def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) -> str:
+    """Top-1 accuracy of each run at each keep rate, the FLOP share of the keep rate, and the training seconds.
+
+    Args:
+        runs: Runs of one model architecture, so that they share the FLOP column.
+        keep_rates: Rows of the table.
+    """
+    shares = flop_shares(runs[0], keep_rates)
+    top1 = [evaluate_run(run, keep_rates) for run in runs]
+    rows = [["keep rate", "FLOP share", *(run.name for run in runs)]]
+    for keep_rate in keep_rates:
+        rows.append([f"{keep_rate:.1f}", f"{shares[keep_rate]:.3f}",
+                     *(f"{100 * metrics[keep_rate]['top1']:.1f} %" for metrics in top1)])
+    logs = [read_metrics(run.folder) for run in runs]
+    rows.append(["", "training, s", *(f"{training_seconds(lines):.0f}" for lines in logs)])
+    rows.append(["", "training, FLOP share", *(f"{_mean_flop_share(run, lines):.3f}"
+                                               for run, lines in zip(runs, logs, strict=True))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:]])
+
+
+def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3) -> None:
+    """Draw the loss of every run, and below it the keep rates of the last epochs with the loss of the same batches.
+
+    Args:
+        runs: The runs; the first one under PSS has its schedule drawn.
+        path: The picture to write.
+        num_epochs: Epochs at the end of training that the lower part shows.
+    """
+    plt = _import_pyplot()
+    logs = {run.name: [line for line in read_metrics(run.folder) if "loss/train/total" in line] for run in runs}
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 7), layout="constrained")
+    for color, (name, lines) in zip(COLORS, logs.items(), strict=False):
+        # a line stands at the end of its batch, and the last batch of an epoch counts to the next one
+        epochs = [line["batch"] / _batches_per_epoch(lines) for line in lines]
+        losses = [line["loss/train/total"] for line in lines]
+        upper.plot(epochs, losses, color=color, alpha=0.2, linewidth=0.8)
+        upper.plot(epochs, _running_mean(losses, _batches_per_epoch(lines)), color=color, label=name)
+    upper.set(title="Training loss, batch by batch, and its mean over an epoch", xlabel="epoch", ylabel="loss")
+    upper.legend(frameon=False)
+    name, lines = next(((name, lines) for name, lines in logs.items() if "pss/keep_rate" in lines[0]), (None, []))
+    if name is None:
+        raise InputError("runs must have one under PSS for a picture of its schedule, got none")
+    per_epoch = _batches_per_epoch(lines)
+    lines = lines[-num_epochs * per_epoch:]
+    epochs = [(line["batch"] - 1) / per_epoch for line in lines]
+    lower.step(epochs, [line["pss/keep_rate"] for line in lines], where="post", color=INK, label="keep rate ρ")
+    lower.set(title=f"{name}: keep rate and loss of the last {num_epochs} epochs", xlabel="epoch",
+              ylabel="keep rate ρ", ylim=(0, 1.05), yticks=KEEP_RATES)
+    losses = lower.twinx()
+    color = COLORS[list(logs).index(name) % len(COLORS)]
+    losses.plot(epochs, [line["loss/train/total"] for line in lines], color=color, linewidth=1, alpha=0.8)
+    losses.set_ylabel("loss", color=color)
+    losses.set_ylim(bottom=0)
+    for axes in (upper, lower, losses):
+        axes.spines[["top"]].set_visible(False)
+        axes.tick_params(colors=MUTED)
+    for axes in (upper, lower):
+        axes.grid(color=GRID, linewidth=0.6)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_kept_patches(run: Run, path: str | Path, *, num_images: int = 8,
+                      keep_rates: Sequence[float] = KEEP_RATES) -> None:
+    """Draw evaluation images with the patches that the model keeps at each keep rate, the others faded.
+
+    Args:
+        run: A finished run.
+        path: The picture to write.
+        num_images: Images, one a column.
+        keep_rates: Keep rates, one a row.
+    """
+    plt = _import_pyplot()
+    images, labels = next(iter(build_data(run.recipe, "val").dataloader))
+    images, labels = images[:num_images], labels[:num_images]
+    vit = run.model.module.eval()
+    device = next(vit.parameters()).device
+    patch_size = run.recipe.model.patch_size
+    pixels = _to_pixels(images, run.recipe.augmentation)
+    figure, axes = plt.subplots(len(keep_rates), len(images), squeeze=False, layout="constrained",
+                                figsize=(1.1 * len(images) + 0.6, 1.2 * len(keep_rates)))
+    for row, keep_rate in zip(axes, keep_rates, strict=True):
+        run.patch_sampler.eval_keep_rate = keep_rate
+        with torch.no_grad():
+            predictions = vit(images.to(device)).argmax(dim=1).cpu()
+        is_kept = _kept_pixels(run.patch_sampler, images, patch_size)
+        for axis, image, mask, prediction, label in zip(row, pixels, is_kept, predictions, labels, strict=True):
+            axis.imshow(torch.where(mask, image, 0.85 + 0.1 * image).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            is_right = bool(prediction == label)
+            axis.set_xlabel(f"{int(prediction)}", fontsize=8, labelpad=1, color=MUTED if is_right else COLORS[1])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(f"ρ = {keep_rate:.1f}", color=INK)
+    run.patch_sampler.eval_keep_rate = 1.0
+    figure.suptitle(f"{run.name}: patches kept by {run.recipe.pss.sampler if run.recipe.pss else 'magnitude'}, and "
+                    "below each image the class that the model saw", fontsize=9, color=INK)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _kept_pixels(patch_sampler: Any, images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, 1, H, W) bool: the pixels whose patches stayed in the last forward pass."""
+    B, _, H, W = images.shape
+    grid = torch.ones(B, (H // patch_size) * (W // patch_size), dtype=torch.bool)
+    if patch_sampler.keep_indices is not None:
+        grid = torch.zeros_like(grid).scatter(1, patch_sampler.keep_indices.cpu(), True)
+    grid = grid.view(B, 1, H // patch_size, W // patch_size)
+    return grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+
+
+def _to_pixels(images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
+    """Undo the normalization: values in [0, 1]."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augmentation.mean, augmentation.std))
+    return (images * std + mean).clamp(0, 1)
+
+
+def _mean_flop_share(run: Run, lines: Sequence[Mapping[str, Any]]) -> float:
+    """FLOPs of a run's training as a share of training on all tokens."""
+    rates = [line.get("pss/keep_rate", 1.0) for line in lines if "loss/train/total" in line]
+    shares = flop_shares(run, sorted(set(rates)))
+    return sum(shares[rate] for rate in rates) / len(rates)
+
+
+def _batches_per_epoch(lines: Sequence[Mapping[str, Any]]) -> int:
+    return 1 + max(line["time/batch_in_epoch"] for line in lines)
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    means = []
+    for index in range(len(values)):
+        window = values[max(0, index + 1 - width):index + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise InputError("pictures need matplotlib: pip install 'pss-composer[report]'") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
