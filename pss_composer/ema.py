@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from composer import algorithms
-from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Event, State
 from composer.loggers import Logger
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(algorithms.EMA):
@@ -14,22 +16,34 @@ class EMA(algorithms.EMA):
 
     Composer 0.32 averages integer buffers too and cuts the result, which at some smoothings moves relative position
     indices of timm's `Beit` to their neighbours, so that the averaged model sees the wrong biases. Under FSDP2 it
-    mixes sharded with whole parameters, and stops with an error, after an evaluation and after a resumption.
+    stops with an error after an evaluation, and every rank of a resumed run gets the averages of rank 0's shards.
     """
-
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.BEFORE_LOAD or super().match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation leaves whole parameters behind
-        if event == Event.BEFORE_LOAD:
-            # FSDP2 has sharded the parameters since INIT: what the checkpoint holds comes sharded as well
-            self.ema_model = EMAParameters(state.model)
-        else:
-            super().apply(event, state, logger)
+        if self.ema_model is not None:
+            self._shard_averages(state)
+        super().apply(event, state, logger)
         buffers = self.ema_model.named_buffers_dict
         self.ema_model.named_buffers_dict = {
             name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        # Composer saves one rank's copy of an algorithm's state: it must be the whole
+        parameters = state_dict["ema_model"]["named_parameters_dict"]
+        state_dict["ema_model"]["named_parameters_dict"] = {
+            name: average.full_tensor() if isinstance(average, DTensor) else average
+            for name, average in parameters.items()
+        }
+        return state_dict
+
+    def _shard_averages(self, state: State) -> None:
+        """What was loaded, or copied before FSDP2 sharded the model, is whole."""
+        averages = self.ema_model.named_parameters_dict
+        for name, parameter in state.model.named_parameters():
+            if isinstance(parameter, DTensor) and name in averages and not isinstance(averages[name], DTensor):
+                averages[name] = distribute_tensor(averages[name], parameter.device_mesh, parameter.placements)

@@ -48,7 +48,8 @@ def load_run(folder: str | Path) -> Run:
         if not (folder / name).is_file():
             raise InputError(f"run must be the save_folder of a trained recipe, no {name} in {folder}")
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(folder / RECIPE_FILE)))
+        settings = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(folder / RECIPE_FILE))
+        recipe = OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
         raise InputError(f"run must hold a recipe of this version, {folder / RECIPE_FILE} is none: "
                          f"{str(error).splitlines()[0]}") from error

@@ -127,6 +127,13 @@ def check_recipe(recipe: Recipe) -> None:
                        "save_interval": ("ep", "ba"), "scheduler.warmup": ("ep", "ba", "sp", "dur"),
                        "ema.update_interval": ("ba", "ep")}.items():
         _check_time(key, _get(recipe, key), units, is_zero_allowed=key == "scheduler.warmup")
+    # Composer compares the two and does not convert between samples and batches
+    is_in_samples = [Time.from_timestring(time).unit.value == "sp" for time in
+                     (recipe.max_duration, recipe.scheduler.warmup)]
+    if is_in_samples[0] != is_in_samples[1] and not recipe.scheduler.warmup.endswith("dur"):
+        units = "sp or dur" if is_in_samples[0] else "ep, ba or dur"
+        raise InputError(f"scheduler.warmup must be in {units} with max_duration={recipe.max_duration}, "
+                         f"got {recipe.scheduler.warmup!r}")
     if recipe.pss is not None:
         build_schedule(recipe.pss.schedule)
         if recipe.pss.sampler not in SAMPLERS:

@@ -206,6 +206,7 @@ def train(recipe: Recipe) -> Trainer:
     trainer = build_trainer(recipe)
     _write_recipe(recipe)
     if trainer.state.timestamp < trainer.state.max_duration:  # else autoresume found a run that is at its end
+        restore_generators(trainer)
         trainer.fit()
     trainer.close()
     return trainer

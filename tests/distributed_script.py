@@ -75,7 +75,7 @@ def run(name: str, algorithms: list, *, drop_path: float = 0.0, **options) -> di
         value = value.to_local() if isinstance(value, DTensor) else value
         digest.update(value.detach().contiguous().numpy().tobytes())
     trainer.close()
-    names = {"losses": "loss/train/total", "eval_losses": "metrics/eval/CrossEntropy", "keep_rates": "pss/keep_rate",
+    names = {"losses": "loss/train/total", "eval_losses": "metrics/eval/cross_entropy", "keep_rates": "pss/keep_rate",
              "tokens": "pss/tokens"}
     results = {key: [float(value) for _, value in logger.data[name]] for key, name in names.items()}
     return results | {"weights": digest.hexdigest()}
@@ -99,7 +99,8 @@ def resume(name: str, parallelism: str, folder: Path) -> dict:
     results = {"straight": run_random(save_folder=str(folder), save_interval="1ba")}
     for stop in STOPS:
         checkpoint = folder / (stop if parallelism == "fsdp2" else f"{stop}-rank0.pt")
-        results[stop] = run_random(load_path=str(checkpoint))
+        # Composer's EMA stays in the model when a checkpoint is the last thing in training, so all runs save one
+        results[stop] = run_random(load_path=str(checkpoint), save_folder=f"{folder}-{stop}", save_interval="1ba")
     return results
 
 

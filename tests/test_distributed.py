@@ -72,7 +72,7 @@ def test_two_processes_equal_one(one_process, two_processes, parallelism):
     name, expected = one_process
     ranks = two_processes(f"compare-{name}-{parallelism}")
     assert len(expected["losses"]) == 20 and len(expected["eval_losses"]) == 4
-    assert expected["losses"][-1] < expected["losses"][0] - 0.1, "the model must have learnt something"
+    assert expected["eval_losses"][-1] < expected["eval_losses"][0] - 0.05, "the model must have learnt something"
     for results in ranks:
         assert results["keep_rates"] == expected["keep_rates"] == pytest.approx(CYCLE * 2, abs=1e-12)
         assert results["tokens"] == [TOKENS[keep_rate] for keep_rate in CYCLE * 2]
