@@ -21,8 +21,9 @@ class PatchSamplingSchedule(Algorithm):
 
     Runs on `Event.INIT`, where it puts a `PatchSampler` into the model, and on `Event.BATCH_START`, where it sets
     that batch's keep rate; all microbatches of a batch share it. On `Event.BATCH_END` it logs `pss/keep_rate` and
-    `pss/tokens`, the tokens of an image that the model's blocks saw (read on `Event.AFTER_FORWARD`). There is nothing to save: the keep rate follows
-    from the timestamp alone, so a resumed run goes on where it was, and every rank has the same keep rate.
+    `pss/tokens`, the tokens of an image that the model's blocks saw (read on `Event.AFTER_FORWARD`). There is nothing
+    to save: the keep rate follows from the timestamp alone, so a resumed run goes on where it was, and every rank has
+    the same keep rate.
 
     Args:
         schedule: Keep rate of each batch: one of `pss_composer.schedules`, or a function of a

@@ -99,8 +99,8 @@ def resume(name: str, parallelism: str, folder: Path) -> dict:
     results = {"straight": run_random(save_folder=str(folder), save_interval="1ba")}
     for stop in STOPS:
         checkpoint = folder / (stop if parallelism == "fsdp2" else f"{stop}-rank0.pt")
-        # Composer's EMA stays in the model when a checkpoint is the last thing in training, so all runs save one
-        results[stop] = run_random(load_path=str(checkpoint), save_folder=f"{folder}-{stop}", save_interval="1ba")
+        # the averages stay in the model when a checkpoint is the last thing in training, so every run saves one
+        results[stop] = run_random(load_path=str(checkpoint), save_folder=f"{folder}-{stop}", save_interval="1ep")
     return results
 
 

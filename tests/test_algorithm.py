@@ -12,7 +12,14 @@ import pytest
 import torch
 from composer import Callback, DataSpec, Trainer
 from composer.algorithms import (
-    EMA, SAM, ChannelsLast, CutMix, GradientClipping, LabelSmoothing, MixUp, StochasticDepth,
+    EMA,
+    SAM,
+    ChannelsLast,
+    CutMix,
+    GradientClipping,
+    LabelSmoothing,
+    MixUp,
+    StochasticDepth,
 )
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from composer.loggers import InMemoryLogger
@@ -30,6 +37,13 @@ from pss_composer import PatchSampler, PatchSamplingSchedule
 from pss_composer.mixing import MixUpCutMix
 from pss_composer.models.classifier import ViTClassifier
 from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, keep_rates
+
+pytestmark = [
+    # a checkpoint of an epoch's last batch resumes before that epoch's end: Composer has no batch left for it
+    pytest.mark.filterwarnings("ignore:No batches were trained for global rank 0:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MulticlassAccuracy was called:UserWarning"),
+    pytest.mark.filterwarnings("ignore:SAM has known issues of weight mismatch when loading:UserWarning"),
+]
 
 BATCH_SIZE = 4
 CYCLE = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4]
@@ -207,7 +221,8 @@ class _ForgetfulClassifier(ViTClassifier):
 
 
 def test_the_tokens_of_training_are_logged_when_metrics_take_another_forward_pass():
-    trainer = train(PatchSamplingSchedule(), model=_ForgetfulClassifier(build_model("vit")), optimizers=None)
+    model = _ForgetfulClassifier(build_model("vit"))
+    trainer = train(PatchSamplingSchedule(), model=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.01))
     assert logged(trainer, "pss/tokens") == [TOKENS[keep_rate] for keep_rate in CYCLE * 2]
 
 
@@ -233,7 +248,9 @@ def test_what_was_changed_is_logged_once():
 
 def test_the_loss_and_the_keep_rate_of_a_batch_are_logged_at_the_same_step():
     class StepRecorder(InMemoryLogger):
-        steps = {}
+        def __init__(self):
+            super().__init__()
+            self.steps = {}
 
         def log_metrics(self, metrics, step=None):
             for name in metrics:
@@ -249,7 +266,7 @@ def test_the_loss_and_the_keep_rate_of_a_batch_are_logged_at_the_same_step():
 def test_a_model_that_is_no_vit(module):
     model = ComposerClassifier(module, num_classes=4)
     with pytest.raises(TypeError, match="no patch sampling slot known for ComposerClassifier .of .*; supported: timm"):
-        Trainer(model=model, algorithms=PatchSamplingSchedule(), device="cpu")
+        build_trainer(PatchSamplingSchedule(), model=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.01))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -368,8 +385,7 @@ SETTINGS = {
     "mixup_cutmix": Setting(lambda: [MixUpCutMix(7)]),
     "label_smoothing": Setting(lambda: [LabelSmoothing(0.1)]),
     "ema": Setting(lambda: [EMA(half_life="3ba", update_interval="1ba")], options=EVALUATED),
-    "own_ema_beit": Setting(lambda: [pss_composer.ema.EMA(half_life=None, smoothing=0.9, update_interval="1ba")], vit="beit",
-                            options=EVALUATED),
+    "own_ema_beit": Setting(lambda: [pss_composer.ema.EMA(half_life="3ba")], vit="beit", options=EVALUATED),
     "gradient_clipping": Setting(lambda: [GradientClipping("norm", 0.1)]),
     "channels_last": Setting(lambda: [ChannelsLast()]),
     # Composer's own warning: SAM's optimizer state does not load
@@ -416,7 +432,6 @@ def test_trains(straight):
     assert len(losses) == 16 and torch.tensor(losses).isfinite().all()
     end = copy_weights(trainer)
     assert all(end[name].isfinite().all() for name in end)
-    # the key's bias cancels in the softmax; everything else must have moved
     assert [name for name in end if torch.equal(start[name], end[name])] == []
 
 
@@ -435,12 +450,12 @@ def test_resumes_bit_for_bit(straight, epoch, batch):
 
 def test_resumes_from_the_end_of_an_epoch(tmp_path):
     setting = SETTINGS["dropout_random"]
-    runs = [setting.build_trainer(save_folder=str(tmp_path), save_interval="1ep"),
-            setting.build_trainer(load_path=str(tmp_path / "ep1-ba8-rank0.pt"))]
-    for run in runs:
-        run.fit()
-    torch.testing.assert_close(copy_weights(runs[1]), copy_weights(runs[0]), atol=0, rtol=0)
-    assert logged(runs[1], "pss/keep_rate") == pytest.approx(CYCLE, abs=1e-12)
+    straight = setting.build_trainer(save_folder=str(tmp_path), save_interval="1ep")
+    straight.fit()
+    resumed = setting.build_trainer(load_path=str(tmp_path / "ep1-ba8-rank0.pt"))
+    resumed.fit()
+    torch.testing.assert_close(copy_weights(resumed), copy_weights(straight), atol=0, rtol=0)
+    assert logged(resumed, "pss/keep_rate") == pytest.approx(CYCLE, abs=1e-12)
 
 
 # checkpoints with and without PSS

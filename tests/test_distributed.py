@@ -91,6 +91,7 @@ def test_two_processes_resume_bit_for_bit(two_processes, name, parallelism, stop
         assert straight["keep_rates"] == pytest.approx(CYCLE * 2, abs=1e-12)
         for key in ("keep_rates", "tokens", "losses"):
             assert resumed[key] == straight[key][num_trained:]
+        assert resumed["eval_losses"] == straight["eval_losses"][num_trained // 5:]
         assert resumed["weights"] == straight["weights"]
 
 
