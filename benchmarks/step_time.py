@@ -24,11 +24,10 @@ from timm.models.beit import Beit, gen_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from pss_composer import apply_patch_sampling
+from pss_composer.evaluation import count_flops
 from pss_composer.models.classifier import SIZES, vit_arguments
 from pss_composer.sampling import num_keep
 
@@ -153,15 +152,6 @@ def time_cases(cases: list[Case], images: Tensor, labels: Tensor, num_rounds: in
     return {key: median(values) for key, values in seconds.items()}
 
 
-def count_flops(case: Case, images: Tensor) -> int:
-    """FLOPs of a forward pass."""
-    case.prepare()
-    # the counter of torch 2.7 knows the matrix products of plain attention, but not the CPU's fused attention
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        case.model(images)
-    return counter.get_total_flops()
-
-
 def measure_memory(case: Case, images: Tensor, labels: Tensor) -> int:
     """Bytes that a step adds to the weights: the peak on CUDA, on the CPU the tensors saved for the backward pass."""
     case.prepare()
@@ -200,8 +190,11 @@ def benchmark_model(name: str, args: argparse.Namespace) -> None:
     seconds = time_cases(cases, images, labels, args.rounds)
     load_after = os.getloadavg()[0]
     pss_cases = [case for case in cases if case.variant == "pss"]
-    flops = {case.keep_rate: count_flops(case, images) for case in pss_cases}
     memory = {case.keep_rate: measure_memory(case, images, labels) for case in pss_cases}
+    flops = {}
+    for case in pss_cases:
+        case.prepare()
+        flops[case.keep_rate] = count_flops(case.model, images)
 
     print(f"\n{TITLES[name]}, {args.size}, {args.image_size} px, batch {args.batch_size}: medians of {args.rounds} "
           f"rounds; load average {load_before:.1f} before, {load_after:.1f} after\n")

@@ -31,6 +31,8 @@ def _run(options: argparse.Namespace) -> None:
         if not 0 < keep_rate <= 1:
             raise InputError(f"--keep-rates must be in (0, 1], got {keep_rate}")
     runs = [load_run(folder) for folder in options.runs]
+    if options.command == "report" and not any(run.recipe.pss for run in runs):
+        raise InputError("runs must have one under PSS for the picture of its schedule, got none")
     print(format_table(runs, options.keep_rates))
     if options.command == "report":
         options.out.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
     """Draw the loss of every run, and below it the keep rates of the last epochs with the loss of the same batches.
 
     Args:
-        runs: The runs; the first one under PSS has its schedule drawn.
+        runs: The runs, at least one under PSS; the first of those has its schedule drawn.
         path: The picture to write.
         num_epochs: Epochs at the end of training that the lower part shows.
     """
@@ -78,9 +78,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
         upper.plot(epochs, _running_mean(losses, _batches_per_epoch(lines)), color=color, label=name)
     upper.set(title="Training loss, batch by batch, and its mean over an epoch", xlabel="epoch", ylabel="loss")
     upper.legend(frameon=False)
-    name, lines = next(((name, lines) for name, lines in logs.items() if "pss/keep_rate" in lines[0]), (None, []))
-    if name is None:
-        raise InputError("runs must have one under PSS for a picture of its schedule, got none")
+    name, lines = next((name, lines) for name, lines in logs.items() if "pss/keep_rate" in lines[0])
     per_epoch = _batches_per_epoch(lines)
     lines = lines[-num_epochs * per_epoch:]
     epochs = [(line["batch"] - 1) / per_epoch for line in lines]
