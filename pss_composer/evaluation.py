@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Evaluator
 from composer.models import ComposerModel
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,10 +57,7 @@ def load_run(folder: str | Path) -> Run:
     model = build_model(recipe.model)
     sampler = recipe.pss.sampler if recipe.pss is not None else "magnitude"
     patch_sampler = apply_patch_sampling(model, sampler=sampler)
-    Trainer(
-        model=model, load_path=str(folder / CHECKPOINT_FILE), load_weights_only=True, load_progress_bar=False,
-        progress_bar=False,
-    ).close()
+    _build_trainer(model, load_path=str(folder / CHECKPOINT_FILE), load_weights_only=True).close()
     return Run(recipe.run_name, folder, recipe, model, patch_sampler)
 
 
@@ -77,16 +75,23 @@ def evaluate(
     Returns:
         Keep rate -> metric name -> value.
     """
-    trainer = Trainer(model=model, progress_bar=False)
+    trainer = _build_trainer(model)
     before = patch_sampler.eval_keep_rate
     metrics = {}
     for keep_rate in keep_rates:
         patch_sampler.eval_keep_rate = keep_rate
-        trainer.eval(eval_dataloader=data)
+        # Composer wants a label of its own for every evaluation
+        trainer.eval(Evaluator(label=f"keep_rate_{keep_rate}", dataloader=data))
         metrics[keep_rate] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     patch_sampler.eval_keep_rate = before
     trainer.close()
     return metrics
+
+
+def _build_trainer(model: ComposerModel, **options: Any) -> Trainer:
+    # Composer asks for an optimizer also where nothing is trained
+    optimizer = torch.optim.SGD(model.parameters())
+    return Trainer(model=model, optimizers=optimizer, progress_bar=False, load_progress_bar=False, **options)
 
 
 def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:

@@ -15,6 +15,7 @@ from pss_composer.evaluation import KEEP_RATES, Run, evaluate_run, flop_shares
 from pss_composer.training import build_data
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+TINT, WRONG = (0.72, 0.82, 0.95), "#c92a2a"
 COLORS = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#b08900")
 
 
@@ -33,7 +34,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     """Seconds that a run spent in training, evaluation excluded."""
-    return max(line.get("wall_clock/train", 0.0) for line in lines)
+    return max(line.get("time/train", 0.0) for line in lines)
 
 
 def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) -> str:
@@ -50,7 +51,7 @@ def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) 
         rows.append([f"{keep_rate:.1f}", f"{shares[keep_rate]:.3f}",
                      *(f"{100 * metrics[keep_rate]['top1']:.1f} %" for metrics in top1)])
     logs = [read_metrics(run.folder) for run in runs]
-    rows.append(["", "training, s", *(f"{training_seconds(lines):.0f}" for lines in logs)])
+    rows.append(["", "training, s", *(f"{training_seconds(lines):.1f}" for lines in logs)])
     rows.append(["", "training, FLOP share", *(f"{_mean_flop_share(run, lines):.3f}"
                                                for run, lines in zip(runs, logs, strict=True))])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -99,40 +100,43 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
     plt.close(figure)
 
 
-def plot_kept_patches(run: Run, path: str | Path, *, num_images: int = 8,
-                      keep_rates: Sequence[float] = KEEP_RATES) -> None:
-    """Draw evaluation images with the patches that the model keeps at each keep rate, the others faded.
+def plot_kept_patches(
+    run: Run, path: str | Path, *, num_images: int = 10, keep_rates: Sequence[float] = KEEP_RATES
+) -> None:
+    """Draw evaluation images with the patches that the model keeps at each keep rate, the others tinted.
 
     Args:
         run: A finished run.
         path: The picture to write.
-        num_images: Images, one a column.
+        num_images: Images, one a column, each of another class: the first ones of the first batch.
         keep_rates: Keep rates, one a row.
     """
     plt = _import_pyplot()
     images, labels = next(iter(build_data(run.recipe, "val").dataloader))
-    images, labels = images[:num_images], labels[:num_images]
+    chosen = [labels.tolist().index(label) for label in labels.unique()][:num_images]
+    images, labels = images[chosen], labels[chosen]
     vit = run.model.module.eval()
     device = next(vit.parameters()).device
-    patch_size = run.recipe.model.patch_size
     pixels = _to_pixels(images, run.recipe.augmentation)
+    tinted = 0.2 * pixels + 0.8 * torch.tensor(TINT).view(3, 1, 1)
     figure, axes = plt.subplots(len(keep_rates), len(images), squeeze=False, layout="constrained",
-                                figsize=(1.1 * len(images) + 0.6, 1.2 * len(keep_rates)))
+                                figsize=(1.1 * len(images) + 0.6, 1.25 * len(keep_rates) + 0.4))
     for row, keep_rate in zip(axes, keep_rates, strict=True):
         run.patch_sampler.eval_keep_rate = keep_rate
         with torch.no_grad():
-            predictions = vit(images.to(device)).argmax(dim=1).cpu()
-        is_kept = _kept_pixels(run.patch_sampler, images, patch_size)
-        for axis, image, mask, prediction, label in zip(row, pixels, is_kept, predictions, labels, strict=True):
-            axis.imshow(torch.where(mask, image, 0.85 + 0.1 * image).permute(1, 2, 0).numpy(), interpolation="nearest")
+            predictions = vit(images.to(device)).argmax(dim=1).tolist()
+        is_kept = _kept_pixels(run.patch_sampler, images, run.recipe.model.patch_size)
+        shown = torch.where(is_kept, pixels, tinted).permute(0, 2, 3, 1).numpy()
+        for axis, image, prediction, label in zip(row, shown, predictions, labels.tolist(), strict=True):
+            axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            is_right = bool(prediction == label)
-            axis.set_xlabel(f"{int(prediction)}", fontsize=8, labelpad=1, color=MUTED if is_right else COLORS[1])
             axis.spines[:].set_visible(False)
+            axis.set_xlabel(str(prediction), fontsize=9, labelpad=2, color=INK if prediction == label else WRONG,
+                            weight="normal" if prediction == label else "bold")
         row[0].set_ylabel(f"ρ = {keep_rate:.1f}", color=INK)
     run.patch_sampler.eval_keep_rate = 1.0
-    figure.suptitle(f"{run.name}: patches kept by {run.recipe.pss.sampler if run.recipe.pss else 'magnitude'}, and "
-                    "below each image the class that the model saw", fontsize=9, color=INK)
+    figure.suptitle(f"{run.name}: the patches that stay ({run.patch_sampler.sampler} sampler), the others tinted; "
+                    "below, the class that the model answers, bold and red where it is wrong", fontsize=9, color=INK)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -176,7 +176,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         optimizers=build_optimizer(model, recipe.optimizer, recipe.train_batch_size),
         schedulers=build_scheduler(recipe.scheduler),
         algorithms=build_algorithms(recipe),
-        callbacks=[SpeedMonitor(window_size=10)],
+        callbacks=[SpeedMonitor(window_size=10, time_unit="seconds")],
         loggers=loggers,
         run_name=recipe.run_name,
         progress_bar=recipe.progress_bar,

@@ -78,6 +78,8 @@ def test_report_prints_a_table_and_draws_two_pictures(runs, tmp_path, capsys):
     assert rows[0][-2:] == ["digits", "digits_pss"]
     # in two batches an epoch, half of them at 0.2 and half at 1: the share is between
     (training,) = [row for row in rows if row[:2] == ["training,", "FLOP"]]
+    (seconds,) = [row for row in rows if row[:2] == ["training,", "s"]]
+    assert all(0 < float(cell) < 100 for cell in seconds[2:])
     assert float(training[-2]) == 1.0 and 0.55 < float(training[-1]) < 0.65
     for name in ("schedule.png", "patches.png"):
         with Image.open(tmp_path / "out" / name) as picture:
@@ -85,7 +87,7 @@ def test_report_prints_a_table_and_draws_two_pictures(runs, tmp_path, capsys):
 
 
 def test_the_later_line_of_a_batch_counts(tmp_path):
-    lines = [{"batch": batch, "loss/train/total": loss, "wall_clock/train": loss}
+    lines = [{"batch": batch, "loss/train/total": loss, "time/train": loss}
              for batch, loss in ((1, 3.0), (2, 2.0), (3, 9.0), (2, 2.5), (3, 1.0))]
     lines.append({"batch": 3, "metrics/eval/top1": 0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

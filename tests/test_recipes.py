@@ -199,7 +199,7 @@ def test_autoresume_goes_on_within_an_epoch_bit_for_bit(sampler, source, tmp_pat
     straight = train(load("straight"))
     num_batches = int(straight.state.timestamp.batch)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "SpeedMonitor", lambda window_size: KilledAt(num_batches * 3 // 4))
+        patch.setattr(training, "SpeedMonitor", lambda **_: KilledAt(num_batches * 3 // 4))
         train(load("stopped"))
     assert not torch.equal(*(last_weights(tmp_path / name) for name in ("straight", "stopped")))
     resumed = train(load("stopped"))
