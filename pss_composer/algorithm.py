@@ -9,8 +9,9 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from pss_composer.progress import Progress, count_batches
 from pss_composer.sampling import PatchSampler, Sampler, describe
-from pss_composer.schedules import Cyclic, Progress, Schedule, check_keep_rate, count_batches
+from pss_composer.schedules import Cyclic, Schedule, check_keep_rate
 from pss_composer.surgery import apply_patch_sampling
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from composer.utils import dist
 class JSONLinesLogger(LoggerDestination):
     """Writes a line of JSON for each batch and each evaluation: `epoch`, `batch`, `sample` and what was logged then.
 
-    A resumed run appends. Lines of batches that an interrupted run trained after its last checkpoint stand there
-    twice; the later one counts.
+    A resumed run appends, and one that starts anew replaces the file. Lines of batches that an interrupted run trained
+    after its last checkpoint stand there twice; the later one counts.
 
     Args:
         path: The file; only rank 0 writes.
@@ -32,7 +32,8 @@ class JSONLinesLogger(LoggerDestination):
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0 and self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", buffering=1)  # whole lines reach the disk at once
+            mode = "w" if state.timestamp.batch == 0 else "a"
+            self._file = self.path.open(mode, buffering=1)  # whole lines reach the disk at once
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._write_line(state)

@@ -10,71 +10,14 @@ Keep rates round as in the paper's code: on the *drop* rate 1 − ρ, to the nea
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from composer.core import Time, TimeUnit
+from composer.core import Time
 
-UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION)
-
-
-class Progress(float):
-    """The share of training that is done, in [0, 1): a float that also knows its batches.
-
-    A schedule of one's own may be as short as `lambda progress: 0.2 + 0.8 * progress`.
-
-    Args:
-        batch: Batches trained so far, counted from the start of training.
-        total_batches: Batches in the whole of training.
-        batches_per_epoch: Batches in one epoch; None when the data has no length.
-        samples_per_batch: Samples in one (global) batch; None when not known.
-    """
-
-    def __new__(
-        cls,
-        batch: int,
-        total_batches: int,
-        batches_per_epoch: int | None = None,
-        samples_per_batch: int | None = None,
-    ) -> Progress:
-        progress = super().__new__(cls, batch / total_batches)
-        progress.batch = batch
-        progress.total_batches = total_batches
-        progress.batches_per_epoch = batches_per_epoch
-        progress.samples_per_batch = samples_per_batch
-        return progress
-
-    def num_batches(self, time: str | Time) -> float:
-        """How many batches a time string like `1ep`, `500ba`, `4096sp` or `0.1dur` lasts."""
-        return count_batches(time, self.batches_per_epoch, self.samples_per_batch, self.total_batches)
-
-
-def count_batches(
-    time: str | Time,
-    batches_per_epoch: int | None = None,
-    samples_per_batch: int | None = None,
-    total_batches: int | None = None,
-) -> float:
-    """How many batches a length of time lasts; the arguments are those of `Progress`.
-
-    Raises:
-        ValueError: A unit of time other than ep, ba, sp, dur, or one whose length in batches is not given.
-    """
-    time = time if isinstance(time, Time) else Time.from_timestring(time)
-    batches_in_unit = {
-        TimeUnit.EPOCH: batches_per_epoch,
-        TimeUnit.BATCH: 1,
-        TimeUnit.SAMPLE: samples_per_batch and 1 / samples_per_batch,
-        TimeUnit.DURATION: total_batches,
-    }.get(time.unit)
-    if time.value == 0:
-        return 0  # in any unit, also where '1ep' has no meaning
-    if batches_in_unit is None:
-        raise ValueError(f"{time.to_timestring()!r} cannot be counted in batches: under a patch sampling schedule, ep "
-                         "needs a data loader with a length, sp one with a batch size, and tok, sec or iter never can")
-    return time.value * batches_in_unit
-
+from pss_composer.progress import UNITS, Progress
 
 Schedule = Callable[[Progress], float]
 
@@ -143,7 +86,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class _Ramp:
+class _Ramp(ABC):
     """What the schedules from `start` to `end` share: their arguments, the checks and the rounding."""
 
     start: float = 0.2
@@ -165,8 +108,9 @@ class _Ramp:
     def __call__(self, progress: Progress) -> float:
         return _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
 
+    @abstractmethod
     def _unrounded_drop_rate(self, progress: Progress) -> float:
-        raise NotImplementedError
+        """The drop rate before clamping and rounding."""
 
     def _ramp_batches(self, progress: Progress) -> float:
         """Batches before the cooldown."""

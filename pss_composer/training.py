@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,11 @@ import torch
 from composer import Trainer
 from composer.algorithms import GradientClipping, LabelSmoothing
 from composer.callbacks import SpeedMonitor
-from composer.core import Algorithm, DataSpec, State, Time
+from composer.core import Algorithm, DataSpec
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerModel
-from composer.optim import CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler, LinearScheduler
 from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
 from omegaconf import OmegaConf
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.data import build_dataspec, restore_generators
@@ -27,9 +25,10 @@ from pss_composer.errors import InputError, exit_on_input_error
 from pss_composer.loggers import JSONLinesLogger
 from pss_composer.mixing import MixUpCutMix
 from pss_composer.models import DeiT, SimMIMClassifier
+from pss_composer.optim import build_optimizer, build_scheduler
+from pss_composer.progress import Progress, count_batches
 from pss_composer.recipes import build_schedule, load_recipe, name_argument
-from pss_composer.schedules import Progress, count_batches
-from pss_composer.settings import ModelSettings, OptimizerSettings, Recipe, SchedulerSettings
+from pss_composer.settings import ModelSettings, Recipe
 
 # settings that a resumed run may change: they have no part in what it computes
 FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
@@ -53,43 +52,6 @@ def build_model(settings: ModelSettings) -> ComposerModel:
                 raise InputError(f"model.{deit_only} must be false for model.name=simmim, got true")
     with name_argument("model"):
         return {"deit": DeiT, "simmim": SimMIMClassifier}[name](**arguments)
-
-
-def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_size: int) -> torch.optim.AdamW:
-    """AdamW over timm's parameter groups.
-
-    Args:
-        model: Its `module` is a timm ViT.
-        settings: A recipe's `optimizer`.
-        batch_size: The global one, for the linear scaling of the learning rate.
-    """
-    vit = model.module
-    lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
-    exempt = vit.no_weight_decay()
-    if settings.layer_decay is None:
-        groups = param_groups_weight_decay(vit, settings.weight_decay, no_weight_decay_list=exempt)
-    else:
-        groups = param_groups_layer_decay(
-            vit, settings.weight_decay, no_weight_decay_list=exempt, layer_decay=settings.layer_decay
-        )
-        for group in groups:
-            # only timm's own schedulers read lr_scale; Composer's multiply each group's lr
-            group["lr"] = lr * group.pop("lr_scale")
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps)
-
-
-def build_scheduler(settings: SchedulerSettings) -> Callable[[State, float], float]:
-    """Composer's warm-up and cosine, with a warm-up that may start above 0."""
-    if Time.from_timestring(settings.warmup).value == 0:
-        return CosineAnnealingScheduler(alpha_f=settings.alpha_f)
-    warmup = LinearScheduler(alpha_i=settings.alpha_i, alpha_f=1.0, t_max=settings.warmup)
-    warmup_and_cosine = CosineAnnealingWithWarmupScheduler(t_warmup=settings.warmup, alpha_f=settings.alpha_f)
-
-    def schedule(state: State, ssr: float = 1.0) -> float:
-        share_of_warmup = warmup(state)
-        return share_of_warmup if share_of_warmup < 1.0 else warmup_and_cosine(state, ssr)
-
-    return schedule
 
 
 def build_algorithms(recipe: Recipe) -> list[Algorithm]:

@@ -18,9 +18,10 @@ from pss_composer import training
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError
 from pss_composer.mixing import MixUpCutMix
+from pss_composer.optim import build_optimizer
 from pss_composer.recipes import load_recipe
 from pss_composer.schedules import Cyclic, Fixed, Linear
-from pss_composer.training import build_algorithms, build_model, build_optimizer, build_trainer, main, train
+from pss_composer.training import build_algorithms, build_model, build_trainer, main, train
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -307,6 +308,7 @@ def test_a_save_folder_with_a_run_in_it(tmp_path):
     main(smoke("deit_small_224_pss", tmp_path, "autoresume=true"))  # it is at its end: nothing to do
     assert len(read_log(tmp_path)) == num_lines
     main(smoke("deit_small_224_pss", tmp_path, "save_overwrite=true", "optimizer.weight_decay=0.1"))
+    assert len(read_log(tmp_path)) == num_lines  # of the new run alone
     assert load_recipe(tmp_path / "recipe.yaml").optimizer.weight_decay == 0.1
 
 
