@@ -79,7 +79,10 @@ def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
         return None
     # Composer tells FSDP1 from FSDP2 by the class of the configuration, under the one key `fsdp`
     if recipe.parallelism == "fsdp2":
-        return {"fsdp": FSDP2Config(activation_checkpointing=recipe.activation_checkpointing)}
+        # whole weights in one file, as under DDP: a ViT's are small, and plain timm reads them
+        return {"fsdp": FSDP2Config(
+            activation_checkpointing=recipe.activation_checkpointing, state_dict_type="full"
+        )}
     return {"fsdp": FSDPConfig(
         activation_checkpointing=recipe.activation_checkpointing, activation_checkpointing_reentrant=False
     )}

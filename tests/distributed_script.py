@@ -33,9 +33,10 @@ MODELS = {"deit": DeiT, "simmim": SimMIMClassifier}
 PARALLELISMS = {
     "ddp": dict,
     "fsdp2": lambda: {"parallelism_config": {"fsdp": FSDP2Config()}},
+    "fsdp2_full": lambda: {"parallelism_config": {"fsdp": FSDP2Config(state_dict_type="full")}},  # as recipes have it
     "fsdp2_checkpointing": lambda: {"parallelism_config": {"fsdp": FSDP2Config(activation_checkpointing=True)}},
 }
-RESUMED = ("ddp", "fsdp2")
+RESUMED = ("ddp", "fsdp2", "fsdp2_full")
 STOPS = ("ep0-ba3", "ep1-ba14")
 
 
