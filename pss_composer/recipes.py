@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,10 @@ def check_recipe(recipe: Recipe) -> None:
         value = _get(recipe, key)
         if value is not None and not value > 0:
             raise InputError(f"{key} must be above 0, got {value}")
-    for key in ("scheduler.alpha_i", "scheduler.alpha_f", "optimizer.layer_decay", "label_smoothing"):
+    layer_decay = recipe.optimizer.layer_decay
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise InputError(f"optimizer.layer_decay must be in (0, 1], got {layer_decay}")
+    for key in ("scheduler.alpha_i", "scheduler.alpha_f", "label_smoothing"):
         value = _get(recipe, key)
         if value is not None and not 0 <= value <= 1:
             raise InputError(f"{key} must be in [0, 1], got {value}")
@@ -140,8 +144,17 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"pss.sampler must be one of {', '.join(SAMPLERS)}, got {recipe.pss.sampler!r}")
         with name_argument("pss"):
             check_keep_rate(recipe.pss.eval_keep_rate, "eval_keep_rate")
-    if recipe.load_path is not None and not Path(recipe.load_path).is_file() and "://" not in recipe.load_path:
-        raise InputError(f"load_path must be a checkpoint, no such file: {recipe.load_path}")
+    if not 0 <= recipe.seed < 2**32:
+        raise InputError(f"seed must be in [0, 2^32), got {recipe.seed}")
+    if recipe.save_num_checkpoints_to_keep < 1 and recipe.save_num_checkpoints_to_keep != -1:
+        raise InputError("save_num_checkpoints_to_keep must be at least 1, or -1 for all, "
+                         f"got {recipe.save_num_checkpoints_to_keep}")
+    if recipe.load_path is not None and "://" not in recipe.load_path:
+        if not Path(recipe.load_path).exists():
+            raise InputError(f"load_path must be a checkpoint, no such file: {recipe.load_path}")
+        # torch.save writes zip files, and sharded checkpoints are folders
+        if not Path(recipe.load_path).is_dir() and not zipfile.is_zipfile(recipe.load_path):
+            raise InputError(f"load_path must be a checkpoint of this project, {recipe.load_path} is none")
     has_gpu = torch.cuda.is_available() and recipe.device != "cpu"
     if recipe.device == "gpu" and not has_gpu:
         raise InputError("device must be cpu or null on a machine without a GPU, got 'gpu'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -205,6 +206,9 @@ def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
 def _check_save_folder(recipe: Recipe) -> None:
     """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten."""
     folder = Path(recipe.save_folder)
+    first_there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not first_there.is_dir() or not os.access(first_there, os.W_OK):
+        raise InputError(f"save_folder must be a folder that can be written, got {recipe.save_folder!r}")
     earlier = folder / RECIPE_FILE
     if recipe.save_overwrite or not earlier.exists():
         return

@@ -248,6 +248,12 @@ BAD_INPUT = {
     "no_data_path": (["data.name=folder", "data.path=null"], "data.path must"),
     "data": (["data.name=imagenet"], "data.name must be one of digits, folder, streaming, synthetic"),
     "checkpoint": (["load_path={tmp}/none.pt"], "load_path must be a checkpoint, no such file: {tmp}/none.pt"),
+    "no_checkpoint": (["load_path={tmp}/empty.pt"],
+                      "load_path must be a checkpoint of this project, {tmp}/empty.pt is"),
+    "seed": (["seed=-1"], "seed must be in [0, 2^32), got -1"),
+    "save_folder": (["save_folder={tmp}/empty.pt/run"], "save_folder must be a folder that can be written"),
+    "layer_decay": (["optimizer.layer_decay=0"], "optimizer.layer_decay must be in (0, 1], got 0.0"),
+    "checkpoints_to_keep": (["save_num_checkpoints_to_keep=0"], "save_num_checkpoints_to_keep must be at least 1"),
     "classes": (["data.name=digits", "data.path={tmp}/digits"],
                 "model.num_classes must be at least 10 for digits, got 7"),
     "max_duration": (["max_duration=long"], "max_duration must be a time string above 0 in ep, ba, sp"),
@@ -271,12 +277,13 @@ if not torch.cuda.is_available():
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(case, tmp_path):
     overrides, message = BAD_INPUT[case]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.pt").write_text("no checkpoint")
     overrides = [override.format(tmp=tmp_path) for override in overrides]
     with pytest.raises(SystemExit) as exit_info:
         main(smoke("simmim_vitb_pss", tmp_path / "run", *overrides))
     text = exit_info.value.code
     assert text.startswith("error: " + message.format(tmp=tmp_path)) and "\n" not in text
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "empty.pt"]
 
 
 @pytest.mark.parametrize(
