@@ -12,7 +12,9 @@ from composer.utils import dist
 
 
 class JSONLinesLogger(LoggerDestination):
-    """Writes a line of JSON for each batch and each evaluation: `epoch`, `batch`, `sample` and what was logged then.
+    """Writes JSON lines: one of settings, then lines of `epoch`, `batch`, `sample` and the metrics of the moment.
+
+    Each batch has a line, each evaluation another, and what Composer logs at the end of an epoch one more.
 
     A resumed run appends, and one that starts anew replaces the file. Lines of batches that an interrupted run trained
     after its last checkpoint stand there twice; the later one counts.
@@ -23,8 +25,12 @@ class JSONLinesLogger(LoggerDestination):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._settings: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
         self._file = None
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        self._settings.update(hyperparameters)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._metrics.update(metrics)
@@ -34,6 +40,7 @@ class JSONLinesLogger(LoggerDestination):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mode = "w" if state.timestamp.batch == 0 else "a"
             self._file = self.path.open(mode, buffering=1)  # whole lines reach the disk at once
+            self._file.write(json.dumps({"settings": self._settings}, default=str) + "\n")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._write_line(state)

@@ -8,7 +8,7 @@ UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION)
 
 
 class Progress(float):
-    """The share of training that is done, in [0, 1): a float that also knows its batches.
+    """The share of training that is done, in [0, 1]: a float that also knows its batches.
 
     A schedule of one's own may be as short as `lambda progress: 0.2 + 0.8 * progress`.
 
@@ -26,7 +26,8 @@ class Progress(float):
         batches_per_epoch: int | None = None,
         samples_per_batch: int | None = None,
     ) -> Progress:
-        progress = super().__new__(cls, batch / total_batches)
+        # a ragged last batch may make training longer than total_batches by one
+        progress = super().__new__(cls, min(batch / total_batches, 1.0))
         progress.batch = batch
         progress.total_batches = total_batches
         progress.batches_per_epoch = batches_per_epoch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ def build_schedule(settings: dict[str, Any]) -> Schedule:
     """
     arguments = dict(settings)
     name = arguments.pop("name", None)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise InputError(f"pss.schedule.name must be one of {', '.join(SCHEDULES)}, got {name!r}")
     known = [argument.name for argument in dataclasses.fields(SCHEDULES[name])]
     for argument in arguments:
@@ -112,8 +113,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"data.num_workers must be at least 0, got {recipe.data.num_workers}")
     for key in ("optimizer.lr", "optimizer.eps", "optimizer.lr_batch_size", "gradient_clipping"):
         value = _get(recipe, key)
-        if value is not None and not value > 0:
-            raise InputError(f"{key} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{key} must be above 0 and finite, got {value}")
     layer_decay = recipe.optimizer.layer_decay
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise InputError(f"optimizer.layer_decay must be in (0, 1], got {layer_decay}")
@@ -123,7 +124,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"{key} must be in [0, 1], got {value}")
     if recipe.ema is not None and not 0 < recipe.ema.smoothing < 1:
         raise InputError(f"ema.smoothing must be in (0, 1), got {recipe.ema.smoothing}")
-    if recipe.optimizer.weight_decay < 0:
+    if not 0 <= recipe.optimizer.weight_decay < math.inf:
         raise InputError(f"optimizer.weight_decay must be at least 0, got {recipe.optimizer.weight_decay}")
     if len(recipe.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {recipe.optimizer.betas}")
@@ -144,6 +145,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"pss.sampler must be one of {', '.join(SAMPLERS)}, got {recipe.pss.sampler!r}")
         with name_argument("pss"):
             check_keep_rate(recipe.pss.eval_keep_rate, "eval_keep_rate")
+    if recipe.autoresume and recipe.save_overwrite:
+        raise InputError("save_overwrite must be false with autoresume=true: go on with a run or replace it, got true")
     if not 0 <= recipe.seed < 2**32:
         raise InputError(f"seed must be in [0, 2^32), got {recipe.seed}")
     if recipe.save_num_checkpoints_to_keep < 1 and recipe.save_num_checkpoints_to_keep != -1:
@@ -213,7 +216,8 @@ def _drop_settings_of_other_schedule(from_file: DictConfig, from_overrides: Dict
     """Under `pss.schedule.name=linear`, what the file says of the period of its cyclic schedule goes."""
     name = OmegaConf.select(from_overrides, "pss.schedule.name")
     schedule = OmegaConf.select(from_file, "pss.schedule")
-    if name in SCHEDULES and isinstance(schedule, DictConfig) and schedule.get("name") != name:
+    is_known = isinstance(name, str) and name in SCHEDULES
+    if is_known and isinstance(schedule, DictConfig) and schedule.get("name") != name:
         known = {argument.name for argument in dataclasses.fields(SCHEDULES[name])}
         for key in set(schedule) - known:
             del schedule[key]
@@ -225,7 +229,7 @@ def _check_time(key: str, value: str | None, units: Sequence[str], *, is_zero_al
     try:
         time = Time.from_timestring(value)
         is_valid = time.unit.value in units and (time.value > 0 or (is_zero_allowed and time.value == 0))
-    except ValueError:
+    except (ValueError, TypeError):
         is_valid = False
     if not is_valid:
         minimum = "of at least 0" if is_zero_allowed else "above 0"

@@ -27,8 +27,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     by_batch: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         metrics = json.loads(line)
-        is_training = "loss/train/total" in metrics
-        by_batch[metrics["batch"], is_training] = metrics
+        if "batch" in metrics:  # else the line of the settings
+            key = metrics["batch"], "loss/train/total" in metrics
+            by_batch[key] = by_batch.get(key, {}) | metrics
     return [by_batch[key] for key in sorted(by_batch)]
 
 
@@ -48,7 +49,7 @@ def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) 
     top1 = [evaluate_run(run, keep_rates) for run in runs]
     rows = [["keep rate", "FLOP share", *(run.name for run in runs)]]
     for keep_rate in keep_rates:
-        rows.append([f"{keep_rate:.1f}", f"{shares[keep_rate]:.3f}",
+        rows.append([str(keep_rate), f"{shares[keep_rate]:.3f}",
                      *(f"{100 * metrics[keep_rate]['top1']:.1f} %" for metrics in top1)])
     logs = [read_metrics(run.folder) for run in runs]
     rows.append(["", "training, s", *(f"{training_seconds(lines):.1f}" for lines in logs)])
@@ -133,7 +134,7 @@ def plot_kept_patches(
             axis.spines[:].set_visible(False)
             axis.set_xlabel(str(prediction), fontsize=9, labelpad=2, color=INK if prediction == label else WRONG,
                             weight="normal" if prediction == label else "bold")
-        row[0].set_ylabel(f"ρ = {keep_rate:.1f}", color=INK)
+        row[0].set_ylabel(f"ρ = {keep_rate}", color=INK)
     run.patch_sampler.eval_keep_rate = 1.0
     figure.suptitle(f"{run.name}: the patches that stay ({run.patch_sampler.sampler} sampler), the others tinted; "
                     "below, the class that the model answers, bold and red where it is wrong", fontsize=9, color=INK)

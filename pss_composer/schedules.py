@@ -129,7 +129,7 @@ class Linear(_Ramp):
         start: Keep rate of the first batch, above 0.
         end: Keep rate of the last batch, above 0. Above 1 is the paper's overshoot: ρ is capped at 1, and 1.1 gives
             ρ = 1.0 the full share of batches that the other multiples of 0.2 get, where 1.0 gives it half.
-        step: Keep rates are rounded to multiples of this; None does not round.
+        step: 1 − ρ is rounded to multiples of this; None does not round.
         cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
     """
 
@@ -150,7 +150,7 @@ class Cosine(_Ramp):
     Args:
         start: Keep rate of the first batch, above 0.
         end: Keep rate of the last batch, above 0; above 1 is the paper's overshoot (see `Linear`).
-        step: Keep rates are rounded to multiples of this; None does not round.
+        step: 1 − ρ is rounded to multiples of this; None does not round.
         cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
     """
 
@@ -172,7 +172,7 @@ class Cyclic(_Ramp):
         start: Keep rate at both ends of a period, above 0.
         end: Keep rate in the middle of a period, above 0; above 1 is the paper's overshoot (see `Linear`).
             The paper writes Cyclic(0.2, 1.0) for what is `Cyclic(start=0.2, end=1.1)` here.
-        step: Keep rates are rounded to multiples of this; None does not round.
+        step: 1 − ρ is rounded to multiples of this; None does not round.
         period: Length of a cycle, a time string in ep, ba, sp or dur.
         cooldown: Length of the last part of training, at ρ = 1; a time string in ep, ba, sp or dur.
     """

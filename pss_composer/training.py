@@ -34,7 +34,7 @@ from pss_composer.settings import ModelSettings, Recipe
 # settings that a resumed run may change: they have no part in what it computes
 FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
                   "save_num_checkpoints_to_keep", "data.num_workers", "data.path", "load_path", "load_weights_only")
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 
 
 def build_model(settings: ModelSettings) -> ComposerModel:
@@ -127,10 +127,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = build_model(recipe.model)
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
         model.module.set_grad_checkpointing()
+    algorithms = build_algorithms(recipe)
     dist.initialize_dist(device)
     train_data, eval_data = build_data(recipe, "train"), build_data(recipe, "val")
     _check_durations(recipe, train_data)
-    loggers = [JSONLinesLogger(Path(recipe.save_folder) / "metrics.jsonl")]
+    loggers = [JSONLinesLogger(Path(recipe.save_folder) / LOG_FILE)]
     if recipe.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(Path(recipe.save_folder) / "tensorboard")))
     return Trainer(
@@ -141,7 +142,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         eval_interval=recipe.eval_interval,
         optimizers=build_optimizer(model, recipe.optimizer, recipe.train_batch_size),
         schedulers=build_scheduler(recipe.scheduler),
-        algorithms=build_algorithms(recipe),
+        algorithms=algorithms,
         callbacks=[SpeedMonitor(window_size=10, time_unit="seconds")],
         loggers=loggers,
         run_name=recipe.run_name,
@@ -170,10 +171,19 @@ def train(recipe: Recipe) -> Trainer:
     """
     _check_save_folder(recipe)
     trainer = build_trainer(recipe)
+    is_at_end = trainer.state.timestamp >= trainer.state.max_duration
+    if is_at_end and not recipe.autoresume:
+        raise InputError(f"load_path must be of a run before max_duration={recipe.max_duration}, {recipe.load_path} is "
+                         "at its end: set load_weights_only=true to start from its weights")
     _write_recipe(recipe)
-    if trainer.state.timestamp < trainer.state.max_duration:  # else autoresume found a run that is at its end
+    if not is_at_end:
         restore_generators(trainer)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except InputError:
+            trainer.close()
+            _remove_empty_run(recipe)
+            raise
     trainer.close()
     return trainer
 
@@ -234,3 +244,12 @@ def _write_recipe(recipe: Recipe) -> None:
         folder = Path(recipe.save_folder)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(recipe), folder / RECIPE_FILE)
+
+
+def _remove_empty_run(recipe: Recipe) -> None:
+    """Bad data may show in the first batches only: what a run wrote that has no checkpoint yet goes again."""
+    folder, written = Path(recipe.save_folder), (RECIPE_FILE, LOG_FILE)
+    if dist.get_global_rank() == 0 and all(path.name in written for path in folder.iterdir()):
+        for name in written:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback
@@ -15,6 +16,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
 from pss_composer import training
+from pss_composer.data.digits import write_images
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError
 from pss_composer.mixing import MixUpCutMix
@@ -39,7 +41,9 @@ def smoke(name, folder, *overrides):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    settings, *lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert ("pss/slot" in settings["settings"]) == any("pss/keep_rate" in line for line in lines)
+    return lines
 
 
 def test_all_ten_recipes_are_there():
@@ -250,6 +254,11 @@ BAD_INPUT = {
     "checkpoint": (["load_path={tmp}/none.pt"], "load_path must be a checkpoint, no such file: {tmp}/none.pt"),
     "no_checkpoint": (["load_path={tmp}/empty.pt"],
                       "load_path must be a checkpoint of this project, {tmp}/empty.pt is"),
+    "both_flags": (["autoresume=true", "save_overwrite=true"], "save_overwrite must be false with autoresume=true"),
+    "half_an_epoch": (["max_duration=1.5ep"], "max_duration must be a time string above 0 in ep, ba, sp"),
+    "schedule_list": (["pss.schedule.name=[1]"], "pss.schedule.name must be one of fixed, linear"),
+    "one_class": (["model.num_classes=1"], "model.num_classes must be at least 2, got 1"),
+    "infinite_lr": (["optimizer.lr=.inf"], "optimizer.lr must be above 0 and finite, got inf"),
     "seed": (["seed=-1"], "seed must be in [0, 2^32), got -1"),
     "save_folder": (["save_folder={tmp}/empty.pt/run"], "save_folder must be a folder that can be written"),
     "layer_decay": (["optimizer.layer_decay=0"], "optimizer.layer_decay must be in (0, 1], got 0.0"),
@@ -317,6 +326,23 @@ def test_a_save_folder_with_a_run_in_it(tmp_path):
     main(smoke("deit_small_224_pss", tmp_path, "save_overwrite=true", "optimizer.weight_decay=0.1"))
     assert len(read_log(tmp_path)) == num_lines  # of the new run alone
     assert load_recipe(tmp_path / "recipe.yaml").optimizer.weight_decay == 0.1
+
+
+def test_more_classes_in_the_shards_than_in_the_head_leave_nothing_written(tmp_path):
+    write_images(tmp_path / "data" / "train", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
+    write_images(tmp_path / "data" / "val", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
+    with pytest.raises(SystemExit, match="labels must be in .0, model.num_classes=7., got 8"):
+        main(smoke("deit_small_224_pss", tmp_path / "run", "data.name=streaming", f"data.path={tmp_path / 'data'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_at_the_end_of_its_run_must_be_loaded_for_its_weights(tmp_path):
+    main(smoke("deit_small_224_pss", tmp_path / "first"))
+    load = f"load_path={tmp_path / 'first' / 'latest-rank0.pt'}"
+    with pytest.raises(SystemExit, match="load_path must be of a run before max_duration=2ba, .* is at its end: set"):
+        main(smoke("deit_small_224_pss", tmp_path / "second", load))
+    main(smoke("deit_small_224_pss", tmp_path / "third", load, "load_weights_only=true"))
+    assert len(read_log(tmp_path / "third")) > 2
 
 
 def test_debug_shows_the_traceback(tmp_path):

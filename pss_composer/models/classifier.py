@@ -42,8 +42,9 @@ def vit_arguments(
     shape = SIZES[size] | {name: value for name, value in given.items() if value is not None}
     positive = {"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes, **shape}
     for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        minimum = 2 if name == "num_classes" else 1
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if image_size % patch_size:
         raise ValueError(f"image_size must be divisible by patch_size={patch_size}, got {image_size}")
     if shape["embed_dim"] % shape["num_heads"]:
