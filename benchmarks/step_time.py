@@ -27,11 +27,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
 from pss_composer import apply_patch_sampling
-from pss_composer.evaluation import count_flops
+from pss_composer.evaluation import KEEP_RATES, count_flops
 from pss_composer.models.classifier import SIZES, vit_arguments
 from pss_composer.sampling import num_keep
 
-KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
 NUM_CLASSES = 1000
 NUM_WARMUP_ROUNDS = 3
 # at most this multiple of the limit at every keep rate; set for ViT-S at 224 px, batch 8, 2 CPU threads

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from composer.core import Time, TimeUnit
 
-UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.DURATION)
+UNITS = ("ep", "ba", "sp", "dur")
+
+
+def check_time(time: str, name: str, units: Sequence[str] = UNITS, *, is_zero_allowed: bool = False) -> None:
+    """Check a time string that a user gave.
+
+    Args:
+        time: A Composer time string like `1ep`.
+        name: The argument's or key's name, for the message.
+        units: Units that it may be in.
+        is_zero_allowed: Whether it may be of no length.
+
+    Raises:
+        ValueError: It is none, is in another unit, or is too short.
+    """
+    try:
+        duration = Time.from_timestring(time)
+        is_valid = duration.unit.value in units and (duration.value > 0 or (is_zero_allowed and duration.value == 0))
+    except (ValueError, TypeError):
+        is_valid = False
+    if not is_valid:
+        minimum = "of at least 0" if is_zero_allowed else "above 0"
+        raise ValueError(f"{name} must be a time string {minimum} in {', '.join(units)} (like '1ep'), got {time!r}")
 
 
 class Progress(float):

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pss_composer.errors import InputError
+from pss_composer.progress import check_time
 from pss_composer.sampling import SAMPLERS
 from pss_composer.schedules import SCHEDULES, Schedule, check_keep_rate
 from pss_composer.settings import Recipe
@@ -88,7 +89,7 @@ def name_argument(key: str) -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{key}.{error}") from error
+        raise InputError(f"{key}.{error}".lstrip(".")) from error
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -131,7 +132,11 @@ def check_recipe(recipe: Recipe) -> None:
     for key, units in {"max_duration": ("ep", "ba", "sp"), "eval_interval": ("ep", "ba"),
                        "save_interval": ("ep", "ba"), "scheduler.warmup": ("ep", "ba", "sp", "dur"),
                        "ema.update_interval": ("ba", "ep")}.items():
-        _check_time(key, _get(recipe, key), units, is_zero_allowed=key == "scheduler.warmup")
+        value = _get(recipe, key)
+        if value is not None:
+            group, _, name = key.rpartition(".")
+            with name_argument(group):
+                check_time(value, name, units, is_zero_allowed=key == "scheduler.warmup")
     # Composer compares the two and does not convert between samples and batches
     is_in_samples = [Time.from_timestring(time).unit.value == "sp" for time in
                      (recipe.max_duration, recipe.scheduler.warmup)]
@@ -221,19 +226,6 @@ def _drop_settings_of_other_schedule(from_file: DictConfig, from_overrides: Dict
         known = {argument.name for argument in dataclasses.fields(SCHEDULES[name])}
         for key in set(schedule) - known:
             del schedule[key]
-
-
-def _check_time(key: str, value: str | None, units: Sequence[str], *, is_zero_allowed: bool) -> None:
-    if value is None:
-        return
-    try:
-        time = Time.from_timestring(value)
-        is_valid = time.unit.value in units and (time.value > 0 or (is_zero_allowed and time.value == 0))
-    except (ValueError, TypeError):
-        is_valid = False
-    if not is_valid:
-        minimum = "of at least 0" if is_zero_allowed else "above 0"
-        raise InputError(f"{key} must be a time string {minimum} in {', '.join(units)} (like '1ep'), got {value!r}")
 
 
 def _get(recipe: Recipe, key: str) -> Any:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from composer.core import Time
 
-from pss_composer.progress import UNITS, Progress
+from pss_composer.progress import Progress, check_time
 
 Schedule = Callable[[Progress], float]
 
@@ -35,18 +35,6 @@ def check_keep_rate(value: float, name: str = "keep_rate") -> float:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_time(time: str, name: str, *, minimum: str) -> None:
-    units = ", ".join(unit.value for unit in UNITS)
-    rule = f"{name} must be a time string {minimum} in {units} (like '1ep' or '0.1dur'), got {time!r}"
-    try:
-        duration = Time.from_timestring(time)
-    except (ValueError, TypeError):
-        raise ValueError(rule) from None
-    is_long_enough = duration.value > 0 if minimum == "above 0" else duration.value >= 0
-    if duration.unit not in UNITS or not is_long_enough:
-        raise ValueError(rule)
 
 
 def _drop_rate(keep_rate: float) -> float:
@@ -103,7 +91,7 @@ class _Ramp(ABC):
                 raise ValueError(f"{name} must be a keep rate above 0 (above 1 means overshoot), got {value!r}")
             if _to_keep_rate(_drop_rate(value), self.step) <= 0.0:
                 raise ValueError(f"{name} must not round to 0 at step={self.step}, got {value!r}")
-        _check_time(self.cooldown, "cooldown", minimum="of at least 0")
+        check_time(self.cooldown, "cooldown", is_zero_allowed=True)
 
     def __call__(self, progress: Progress) -> float:
         return _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
@@ -182,7 +170,7 @@ class Cyclic(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_time(self.period, "period", minimum="above 0")
+        check_time(self.period, "period")
 
     def _unrounded_drop_rate(self, progress: Progress) -> float:
         if progress.batch >= self._ramp_batches(progress):
@@ -213,7 +201,7 @@ class Piecewise:
         except (TypeError, ValueError):
             raise ValueError(f"{rule}, got {self.milestones!r}") from None
         for time, keep_rate in milestones:
-            _check_time(time, "milestones: each time", minimum="of at least 0")
+            check_time(time, "milestones: each time", is_zero_allowed=True)
             check_keep_rate(keep_rate, "milestones: each keep rate")
         if not milestones or Time.from_timestring(milestones[0][0]).value != 0:
             raise ValueError(f"{rule}, the first at time 0, got {self.milestones!r}")
