@@ -22,11 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pss_composer.errors import InputError
+from pss_composer.masking import PatchMasking, check_unit
 from pss_composer.progress import check_time
-from pss_composer.sampling import SAMPLERS
+from pss_composer.sampling import SAMPLERS, StratifiedSampler
 from pss_composer.schedules import SCHEDULES, Schedule, check_keep_rate
 from pss_composer.settings import Recipe
 
+MODELS = ("deit", "simmim", "simmim_pretrain")
+LR_SCHEDULES = ("cosine", "multistep")
 PARALLELISMS = ("ddp", "fsdp", "fsdp2")
 PRECISIONS = ("fp32", "amp_fp16", "amp_bf16")
 DEVICES = ("cpu", "gpu")
@@ -99,6 +102,8 @@ def check_recipe(recipe: Recipe) -> None:
         InputError: The first setting that breaks a rule.
     """
     choices = {
+        "model.name": (recipe.model.name, MODELS),
+        "scheduler.name": (recipe.scheduler.name, LR_SCHEDULES),
         "parallelism": (recipe.parallelism, PARALLELISMS),
         "precision": (recipe.precision, (None, *PRECISIONS)),
         "device": (recipe.device, (None, *DEVICES)),
@@ -112,7 +117,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"{key} must be at least 1, got {value}")
     if recipe.data.num_workers < 0:
         raise InputError(f"data.num_workers must be at least 0, got {recipe.data.num_workers}")
-    for key in ("optimizer.lr", "optimizer.eps", "optimizer.lr_batch_size", "gradient_clipping"):
+    for key in ("optimizer.lr", "optimizer.eps", "optimizer.lr_batch_size", "gradient_clipping",
+                "scheduler.gamma"):
         value = _get(recipe, key)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{key} must be above 0 and finite, got {value}")
@@ -137,6 +143,12 @@ def check_recipe(recipe: Recipe) -> None:
             group, _, name = key.rpartition(".")
             with name_argument(group):
                 check_time(value, name, units, is_zero_allowed=key == "scheduler.warmup")
+    if bool(recipe.scheduler.milestones) != (recipe.scheduler.name == "multistep"):
+        raise InputError("scheduler.milestones must be times for scheduler.name=multistep and empty for cosine, got "
+                         f"{list(recipe.scheduler.milestones)} for {recipe.scheduler.name}")
+    with name_argument("scheduler"):
+        for milestone in recipe.scheduler.milestones:
+            check_time(milestone, "milestones", ("ep", "ba", "sp", "dur"))
     # Composer compares the two and does not convert between samples and batches
     is_in_samples = [Time.from_timestring(time).unit.value == "sp" for time in
                      (recipe.max_duration, recipe.scheduler.warmup)]
@@ -146,10 +158,20 @@ def check_recipe(recipe: Recipe) -> None:
                          f"got {recipe.scheduler.warmup!r}")
     if recipe.pss is not None:
         build_schedule(recipe.pss.schedule)
-        if recipe.pss.sampler not in SAMPLERS:
-            raise InputError(f"pss.sampler must be one of {', '.join(SAMPLERS)}, got {recipe.pss.sampler!r}")
+        # by magnitude, masked patches would never stay: the mask token is small
+        samplers = ("random", "stratified") if recipe.model.name == "simmim_pretrain" else tuple(SAMPLERS)
+        if recipe.pss.sampler not in samplers:
+            raise InputError(f"pss.sampler must be one of {', '.join(samplers)} for model.name={recipe.model.name}, "
+                             f"got {recipe.pss.sampler!r}")
+        if recipe.pss.masked_share is not None:
+            if recipe.pss.sampler != "stratified":
+                raise InputError("pss.masked_share must be null unless pss.sampler=stratified, "
+                                 f"got {recipe.pss.masked_share}")
+            with name_argument("pss"):
+                StratifiedSampler(recipe.pss.masked_share)
         with name_argument("pss"):
             check_keep_rate(recipe.pss.eval_keep_rate, "eval_keep_rate")
+    _check_masking(recipe)
     if recipe.autoresume and recipe.save_overwrite:
         raise InputError("save_overwrite must be false with autoresume=true: go on with a run or replace it, got true")
     if not 0 <= recipe.seed < 2**32:
@@ -170,6 +192,22 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError("parallelism must be ddp or fsdp2 without a GPU (FSDP1 needs CUDA), got 'fsdp'")
     if recipe.precision not in (None, "fp32") and not has_gpu:
         raise InputError(f"precision must be fp32 or null without a GPU, got {recipe.precision!r}")
+
+
+def _check_masking(recipe: Recipe) -> None:
+    """Pre-training masks patches and has no labels to mix, smooth or count; nothing else masks."""
+    is_pretraining = recipe.model.name == "simmim_pretrain"
+    if is_pretraining != (recipe.masking is not None):
+        raise InputError("masking must be set for model.name=simmim_pretrain and null for any other, got "
+                         f"{'null' if is_pretraining else 'a group of settings'} for {recipe.model.name}")
+    if not is_pretraining:
+        return
+    for key, unset in {"mixing": None, "label_smoothing": 0.0, "optimizer.layer_decay": None}.items():
+        if _get(recipe, key) != unset:
+            raise InputError(f"{key} must be {'null' if unset is None else unset} for model.name=simmim_pretrain")
+    with name_argument("masking"):
+        PatchMasking(recipe.masking.unit, recipe.masking.ratio)
+        check_unit(recipe.masking.unit, 2 * (recipe.model.image_size,), recipe.model.patch_size)
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -12,9 +12,13 @@ from pss_composer.data.augment import Augmentation
 
 @dataclass
 class ModelSettings:
-    """Arguments of `models.DeiT` (`name: deit`) or `models.SimMIMClassifier` (`name: simmim`)."""
+    """Arguments of a model, and the checkpoint that its weights come from.
+
+    Models: `models.DeiT` (`name: deit`), `models.SimMIMClassifier` (`simmim`), `models.SimMIM` (`simmim_pretrain`).
+    """
 
     name: str = MISSING
+    pretrained: str | None = None  # a file that `import-checkpoint` reads
     size: str = "small"
     image_size: int = 224
     patch_size: int = 16
@@ -29,7 +33,7 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    """Where the images come from: `digits`, `folder`, `streaming` or `synthetic`."""
+    """Where the images come from: `digits`, `folder`, `idx`, `streaming` or `synthetic`."""
 
     name: str = MISSING
     path: str | None = None
@@ -51,11 +55,14 @@ class OptimizerSettings:
 
 @dataclass
 class SchedulerSettings:
-    """Linear warm-up, then half a cosine; shares of the learning rate, in Composer's words."""
+    """Linear warm-up, then half a cosine or steps; shares of the learning rate, in Composer's words."""
 
+    name: str = "cosine"  # or multistep
     warmup: str = "0ep"
     alpha_i: float = 0.0  # where the warm-up starts
     alpha_f: float = 0.0  # where the cosine ends
+    milestones: list[str] = field(default_factory=list)  # of multistep: times at which the rate falls
+    gamma: float = 0.1  # of multistep: to this share of what it was
 
 
 @dataclass
@@ -63,6 +70,14 @@ class MixingSettings:
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     switch_prob: float = 0.5
+
+
+@dataclass
+class MaskingSettings:
+    """Arguments of `PatchMasking`, for `model.name: simmim_pretrain`."""
+
+    unit: int = 32
+    ratio: float = 0.6
 
 
 @dataclass
@@ -77,6 +92,7 @@ class PSSSettings:
 
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "cyclic"})
     sampler: str = "magnitude"
+    masked_share: float | None = None  # of the sampler `stratified`, for `model.name: simmim_pretrain`
     eval_keep_rate: float = 1.0
 
 
@@ -104,6 +120,7 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    masking: MaskingSettings | None = None
     mixing: MixingSettings | None = None
     label_smoothing: float = 0.0
     gradient_clipping: float | None = None

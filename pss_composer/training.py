@@ -24,11 +24,14 @@ from pss_composer.data import build_dataspec, restore_generators
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError, exit_on_input_error
 from pss_composer.loggers import JSONLinesLogger
+from pss_composer.masking import PatchMasking
 from pss_composer.mixing import MixUpCutMix
-from pss_composer.models import DeiT, SimMIMClassifier
+from pss_composer.models import DeiT, SimMIM, SimMIMClassifier
+from pss_composer.models.simmim import build_encoder
 from pss_composer.optim import build_optimizer, build_scheduler
 from pss_composer.progress import Progress, count_batches
 from pss_composer.recipes import build_schedule, load_recipe, name_argument
+from pss_composer.sampling import StratifiedSampler
 from pss_composer.settings import ModelSettings, Recipe
 
 # settings that a resumed run may change: they have no part in what it computes
@@ -38,20 +41,22 @@ RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 
 
 def build_model(settings: ModelSettings) -> ComposerModel:
-    """The model of a recipe.
+    """The model of a recipe, with its initial weights.
 
     Raises:
-        InputError: Unknown name, or arguments that do not fit.
+        InputError: Arguments that do not fit.
     """
     arguments = asdict(settings)
     name = arguments.pop("name")
-    if name not in ("deit", "simmim"):
-        raise InputError(f"model.name must be one of deit, simmim, got {name!r}")
-    if name == "simmim":
+    del arguments["pretrained"]
+    if name != "deit":
         for deit_only in ("is_distilled", "relative_position_bias"):
             if arguments.pop(deit_only):
-                raise InputError(f"model.{deit_only} must be false for model.name=simmim, got true")
+                raise InputError(f"model.{deit_only} must be false for model.name={name}, got true")
     with name_argument("model"):
+        if name == "simmim_pretrain":
+            del arguments["num_classes"]
+            return SimMIM(build_encoder(**arguments))
         return {"deit": DeiT, "simmim": SimMIMClassifier}[name](**arguments)
 
 
@@ -59,9 +64,14 @@ def build_algorithms(recipe: Recipe) -> list[Algorithm]:
     """PSS and the algorithms that a recipe combines it with."""
     algorithms: list[Algorithm] = []
     if recipe.pss is not None:
+        is_stratified = recipe.pss.sampler == "stratified"
         algorithms.append(PatchSamplingSchedule(
-            build_schedule(recipe.pss.schedule), sampler=recipe.pss.sampler, eval_keep_rate=recipe.pss.eval_keep_rate
+            build_schedule(recipe.pss.schedule),
+            sampler=StratifiedSampler(recipe.pss.masked_share) if is_stratified else recipe.pss.sampler,
+            eval_keep_rate=recipe.pss.eval_keep_rate,
         ))
+    if recipe.masking is not None:
+        algorithms.append(PatchMasking(**asdict(recipe.masking)))
     if recipe.mixing is not None:
         with name_argument("mixing"):
             algorithms.append(MixUpCutMix(recipe.model.num_classes, **asdict(recipe.mixing)))
@@ -104,7 +114,7 @@ def build_data(recipe: Recipe, split: str) -> DataSpec:
         split=split,
         path=recipe.data.path,
         image_size=recipe.model.image_size,
-        num_classes=recipe.model.num_classes,
+        num_classes=None if recipe.model.name == "simmim_pretrain" else recipe.model.num_classes,
         batch_size=batch_size // world_size,
         augmentation=recipe.augmentation,
         num_workers=recipe.data.num_workers,
@@ -126,7 +136,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     reproducibility.seed_all(recipe.seed)  # every rank starts from the same weights
     model = build_model(recipe.model)
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
-        model.module.set_grad_checkpointing()
+        model.vit.set_grad_checkpointing()
     algorithms = build_algorithms(recipe)
     dist.initialize_dist(device)
     train_data, eval_data = build_data(recipe, "train"), build_data(recipe, "val")

@@ -1,6 +1,6 @@
 """ViTs as ComposerModels."""
 
 from pss_composer.models.deit import DeiT
-from pss_composer.models.simmim import SimMIMClassifier
+from pss_composer.models.simmim import SimMIM, SimMIMClassifier
 
-__all__ = ["DeiT", "SimMIMClassifier"]
+__all__ = ["DeiT", "SimMIM", "SimMIMClassifier"]

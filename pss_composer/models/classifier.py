@@ -25,13 +25,13 @@ def vit_arguments(
     *,
     image_size: int,
     patch_size: int,
-    num_classes: int,
+    num_classes: int | None,
     drop_path: float,
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Any]:
-    """What timm's ViT classes take, checked.
+    """What timm's ViT classes take, checked; `num_classes` None is a ViT without a head.
 
     Raises:
         ValueError: Unknown size, or numbers that do not fit together.
@@ -40,11 +40,11 @@ def vit_arguments(
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     shape = SIZES[size] | {name: value for name, value in given.items() if value is not None}
-    positive = {"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes, **shape}
-    for name, value in positive.items():
-        minimum = 2 if name == "num_classes" else 1
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    for name, value in {"image_size": image_size, "patch_size": patch_size, **shape}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if image_size % patch_size:
         raise ValueError(f"image_size must be divisible by patch_size={patch_size}, got {image_size}")
     if shape["embed_dim"] % shape["num_heads"]:
@@ -52,8 +52,8 @@ def vit_arguments(
     if not 0.0 <= drop_path < 1.0:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
     return {
-        "img_size": image_size, "patch_size": patch_size, "num_classes": num_classes, "drop_path_rate": drop_path,
-        **shape,
+        "img_size": image_size, "patch_size": patch_size, "num_classes": num_classes or 0,
+        "drop_path_rate": drop_path, **shape,
     }
 
 
@@ -85,6 +85,10 @@ class ViTClassifier(ComposerClassifier):
         # Composer asks the ComposerModel's children, not itself
         vit.fsdp_wrap_fn = is_block
         vit.activation_checkpointing_fn = is_block
+
+    @property
+    def vit(self) -> nn.Module:
+        return self.module
 
     def update_metric(self, batch: tuple[Tensor, Tensor], outputs: Tensor, metric: Metric) -> None:
         _, targets = batch
