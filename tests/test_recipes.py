@@ -250,7 +250,7 @@ BAD_INPUT = {
     "no_data_folder": (["data.name=folder", "data.path={tmp}/none"], "data.path must"),
     "empty_data_folder": (["data.name=streaming", "data.path={tmp}/empty"], "data.path must"),
     "no_data_path": (["data.name=folder", "data.path=null"], "data.path must"),
-    "data": (["data.name=imagenet"], "data.name must be one of digits, folder, streaming, synthetic"),
+    "data": (["data.name=imagenet"], "data.name must be one of digits, folder, idx, streaming, synthetic"),
     "checkpoint": (["load_path={tmp}/none.pt"], "load_path must be a checkpoint, no such file: {tmp}/none.pt"),
     "no_checkpoint": (["load_path={tmp}/empty.pt"],
                       "load_path must be a checkpoint of this project, {tmp}/empty.pt is"),

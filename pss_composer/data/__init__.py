@@ -1,4 +1,4 @@
-"""Images for training and evaluation: four sources, one function that opens them."""
+"""Images for training and evaluation: five sources, one function that opens them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pss_composer.errors import InputError
 
 __all__ = ["DATA_SOURCES", "Augmentation", "build_dataspec", "restore_generators"]
 
-DATA_SOURCES = ("digits", "folder", "streaming", "synthetic")
+DATA_SOURCES = ("digits", "folder", "idx", "streaming", "synthetic")
 
 
 def build_dataspec(
@@ -26,7 +26,7 @@ def build_dataspec(
     split: str,
     path: str | None = None,
     image_size: int,
-    num_classes: int,
+    num_classes: int | None,
     batch_size: int,
     augmentation: Augmentation | None = None,
     num_workers: int = 0,
@@ -42,11 +42,13 @@ def build_dataspec(
 
     Args:
         name: One of `DATA_SOURCES`: `digits` (scikit-learn's, written to `path` on first use), `folder` (a
-            folder per class), `streaming` (MDS shards) or `synthetic`.
+            folder per class), `idx` (the four files of MNIST or Fashion-MNIST), `streaming` (MDS shards) or
+            `synthetic`.
         split: `train` or `val`.
-        path: Folder that holds a folder for each split; not for `synthetic`.
+        path: Folder that holds a folder for each split, or the files of both for `idx`; not for `synthetic`.
         image_size: Height and width in pixels.
-        num_classes: Classes that the model tells apart; labels must be below.
+        num_classes: Classes that the model tells apart; labels must be below. None where labels are not used
+            (self-supervised pre-training): nothing about them is checked, and synthetic ones are all 0.
         batch_size: Images in the batch of one device.
         augmentation: What happens to training images, and the normalization of all; `Augmentation()` by
             default. Synthetic images are left as they are.
@@ -55,7 +57,7 @@ def build_dataspec(
         num_samples: Images per split, for `synthetic`.
 
     Returns:
-        The data loader with the checks of its labels.
+        The data loader with the checks of its labels, if any.
 
     Raises:
         InputError: Bad input; the message names the key of the recipe. Labels are checked as they are read.
@@ -77,13 +79,22 @@ def build_dataspec(
         from pss_composer.data.synthetic import SyntheticImages
 
         dataset = SyntheticImages(
-            num_samples, image_size=image_size, num_classes=num_classes, seed=seed, split=split
+            num_samples,
+            image_size=image_size,
+            num_classes=1 if num_classes is None else num_classes,
+            seed=seed,
+            split=split,
         )
     elif name == "folder":
         from pss_composer.data.folder import FolderImages
 
         folder = _find_split(path, split)
         dataset = FolderImages(folder, num_classes=num_classes, transform=transform, seed=seed)
+    elif name == "idx":
+        from pss_composer.data.idx import IdxImages
+
+        folder = _find_folder(path)
+        dataset = IdxImages(folder, split=split, num_classes=num_classes, transform=transform, seed=seed)
     else:
         from pss_composer.data.streaming import StreamingImages
 
@@ -104,7 +115,7 @@ def build_dataspec(
 
 
 def _build_loader(
-    dataset: Dataset, *, is_training: bool, batch_size: int, num_classes: int, num_workers: int, seed: int
+    dataset: Dataset, *, is_training: bool, batch_size: int, num_classes: int | None, num_workers: int, seed: int
 ) -> DataSpec:
     if isinstance(dataset, IterableDataset):
         # a StreamingDataset deals its images out to the devices itself, and its length is that of one device
@@ -143,7 +154,12 @@ def _build_loader(
                 raise InputError(f"labels must be in [0, model.num_classes={num_classes}), got {int(label)}")
         return batch
 
-    return DataSpec(loader, num_samples=num_samples, batch_transforms=check_labels, split_batch=_split_batch)
+    return DataSpec(
+        loader,
+        num_samples=num_samples,
+        batch_transforms=None if num_classes is None else check_labels,
+        split_batch=_split_batch,
+    )
 
 
 def _split_batch(batch: Sequence[torch.Tensor], microbatch_size: int) -> list[tuple[torch.Tensor, ...]]:
@@ -151,23 +167,27 @@ def _split_batch(batch: Sequence[torch.Tensor], microbatch_size: int) -> list[tu
     return list(zip(*(tensor.split(microbatch_size) for tensor in batch), strict=True))
 
 
-def _find_split(path: str | None, split: str) -> Path:
+def _find_folder(path: str | None) -> Path:
     if path is None:
         raise InputError("data.path must name a folder, got null")
-    folder = Path(path) / split
     if not Path(path).is_dir():
         raise InputError(f"data.path must be a folder, got {path!r}, which is not one")
+    return Path(path)
+
+
+def _find_split(path: str | None, split: str) -> Path:
+    folder = _find_folder(path) / split
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"data.path must hold a folder {split!r} with images, got none in {path!r}")
     return folder
 
 
-def _prepare_digits(path: str | None, num_classes: int) -> None:
+def _prepare_digits(path: str | None, num_classes: int | None) -> None:
     from pss_composer.data.digits import NUM_CLASSES, prepare_digits
 
     if path is None:
         raise InputError("data.path must name a folder for the digits, got null")
-    if num_classes < NUM_CLASSES:
+    if num_classes is not None and num_classes < NUM_CLASSES:
         raise InputError(f"model.num_classes must be at least {NUM_CLASSES} for digits, got {num_classes}")
     prepare_digits(Path(path))
 

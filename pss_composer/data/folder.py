@@ -19,7 +19,7 @@ class FolderImages(ImageFolder):
 
     Args:
         folder: Folder of one split, with a sub-folder per class.
-        num_classes: Classes that the model tells apart.
+        num_classes: Classes that the model tells apart, or None where labels are not used.
         transform: From a PIL image to a tensor (3, H, W).
         seed: Seeds the transform.
 
@@ -29,14 +29,19 @@ class FolderImages(ImageFolder):
     """
 
     def __init__(
-        self, folder: Path, *, num_classes: int, transform: Callable[[Image.Image], torch.Tensor], seed: int
+        self,
+        folder: Path,
+        *,
+        num_classes: int | None,
+        transform: Callable[[Image.Image], torch.Tensor],
+        seed: int,
     ) -> None:
         try:
             super().__init__(str(folder), transform=transform)
         except FileNotFoundError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"data.path must hold a folder of images per class: {reason}") from None
-        if len(self.classes) > num_classes:
+        if num_classes is not None and len(self.classes) > num_classes:
             raise InputError(
                 f"model.num_classes must be at least the {len(self.classes)} classes in {str(folder)!r}, "
                 f"got {num_classes}"
