@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pss_composer.checkpoints import export_checkpoint, import_checkpoint
 from pss_composer.errors import InputError, exit_on_input_error
 from pss_composer.evaluation import KEEP_RATES, load_run
 from pss_composer.report import format_table, plot_kept_patches, plot_schedule
@@ -20,13 +21,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (evaluate, report):
         command.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a trained recipe")
         command.add_argument("--keep-rates", nargs="+", type=float, default=KEEP_RATES, metavar="ρ")
+    convert = {
+        "import-checkpoint": ("FILE", "write a SimMIM, DeiT, PSS, timm or Composer checkpoint as safetensors for timm"),
+        "export-checkpoint": ("RUN", "write a run's last checkpoint (or one of its checkpoints) likewise"),
+    }
+    for name, (source, help_text) in convert.items():
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("source", metavar=source)
+        command.add_argument("out", metavar="OUT", help="a new .safetensors file")
+        command.add_argument("--ema", action="store_true", help="the moving averages of the weights")
+        command.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate to another image size")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
     options = parser.parse_args(arguments)
     with exit_on_input_error(debug=options.debug):
-        _run(options)
+        if options.command in convert:
+            function = import_checkpoint if options.command == "import-checkpoint" else export_checkpoint
+            print(function(options.source, options.out, ema=options.ema, image_size=options.image_size))
+        else:
+            _evaluate(options)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     for keep_rate in options.keep_rates:
         if not 0 < keep_rate <= 1:
             raise InputError(f"--keep-rates must be in (0, 1], got {keep_rate}")

@@ -1,0 +1,246 @@
+"""The layouts of checkpoints: where the weights are, and by which names; and which ViT they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pss_composer.checkpoints.reading import read_file
+from pss_composer.errors import InputError
+
+CONTAINERS = ("model", "state_dict", "state")
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+# what only SimMIM pre-training has, by the names that the weights have here: ours and the original's -> here
+PRETRAINING_NAMES = {
+    "encoder.mask_token": "mask_token", "encoder.patch_embed.norm.mask_token": "mask_token",
+    "decoder.0.weight": "decoder.weight", "decoder.0.bias": "decoder.bias",
+}
+
+
+@dataclass
+class Weights:
+    """The weights of a ViT by timm's names; `mask_token` and `decoder` beside them after SimMIM pre-training.
+
+    Args:
+        tensors: Name -> weight.
+        layout: What kind of file they come from, in words.
+        not_weights: What else the file holds, by name.
+        dropped: Weights of the file that nothing needs: position indices are computed.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: str
+    not_weights: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
+    """The weights of a ViT in any layout that this project knows.
+
+    Known are SimMIM's and PSS's pre-training and fine-tuning files, DeiT's, timm's, and Composer checkpoints of this
+    project, also a folder of shards.
+
+    Args:
+        path: A file, or a folder of shards.
+        ema: Take the moving averages of the weights instead of the weights.
+
+    Raises:
+        InputError: No such file, a broken one, one that asks for more than weights, or none of these layouts.
+    """
+    contents = read_file(path)
+    tensors, container = _find_weights(contents, path, ema)
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    is_pretraining = any(name.startswith("encoder.") for name in tensors)
+    dropped = [name for name in tensors if name.endswith("relative_position_index")]
+    tensors = {timm_name(name): tensor for name, tensor in tensors.items() if name not in dropped}
+    if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
+        tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
+    kind = "SimMIM pre-training" if is_pretraining else "ViT"
+    not_weights = [name for name in contents if name not in (*CONTAINERS, *tensors, *dropped)]
+    return Weights(tensors, f"{kind}, {container}", not_weights, dropped)
+
+
+def timm_name(name: str) -> str:
+    """A weight's name in a file, or in the state dict of a model of this project, as timm's."""
+    name = name.removeprefix("module.")  # Composer's, and DDP's
+    return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
+
+
+def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool) -> tuple[dict[str, Tensor], str]:
+    """The state dict in the contents of a file, and the file's container in words."""
+    if isinstance(contents.get("state"), dict) and "model" in contents["state"]:
+        container, tensors = "a Composer checkpoint", contents["state"]["model"]
+        averages = _find_composer_averages(contents["state"].get("algorithms", []))
+    else:
+        key = next((key for key in ("model", "state_dict") if isinstance(contents.get(key), dict)), None)
+        container = "a bare state dict" if key is None else f"under {key!r}"
+        tensors = contents if key is None else contents[key]
+        averages = contents.get("model_ema" if key == "model" else "state_dict_ema")
+    if ema:
+        if not isinstance(averages, dict):
+            raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
+        container, tensors = f"{container}, its moving averages", averages
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError("checkpoint must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
+                         f"else, {path} holds {_shorten(contents)}")
+    return dict(tensors), container
+
+
+def _find_composer_averages(algorithms: Any) -> dict[str, Tensor] | None:
+    for _, state in algorithms or []:
+        if isinstance(state, dict) and "ema_model" in state:
+            return state["ema_model"]["named_parameters_dict"]
+    return None
+
+
+@dataclass
+class Architecture:
+    """The timm class that weights belong to, and its arguments as far as the weights tell them.
+
+    timm's ViTs without relative position biases do not show their number of heads; then `num_heads` is missing.
+    """
+
+    vit_class: type[nn.Module]
+    arguments: dict[str, Any]
+
+    def build_empty(self, **changes: Any) -> nn.Module:
+        """The model without memory for its weights, on the meta device."""
+        with torch.device("meta"):
+            return self.vit_class(**{"num_heads": 1, **self.arguments, **changes})
+
+    def __str__(self) -> str:
+        arguments = {"num_heads": "?", **self.arguments}
+        return f"{self.vit_class.__name__}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
+def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Architecture:
+    """Which of timm's ViTs the weights are of, every name and shape of theirs compared with that class.
+
+    Args:
+        weights: By timm's names; `mask_token` and `decoder` are left out of the comparison.
+        path: Where they come from, for the message.
+
+    Raises:
+        InputError: They are not of a ViT that is known here.
+    """
+    weights = {name: w for name, w in weights.items() if name != "mask_token" and not name.startswith("decoder.")}
+    needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    for name in needed:
+        if name not in weights:
+            raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, {path} has no {name}, "
+                             f"but {_shorten(weights)}")
+    is_beit = any(name.endswith((".q_bias", "relative_position_bias_table", "gamma_1")) for name in weights)
+    try:
+        architecture = _describe_beit(weights) if is_beit else _describe_vision_transformer(weights)
+        expected = architecture.build_empty().state_dict()
+    # timm asserts that its arguments fit together
+    except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, the shapes in {path} do not "
+                         f"fit together: {str(error).splitlines()[0] if str(error) else 'no such ViT'}") from error
+    for name in {**expected, **weights}:
+        there = tuple(weights[name].shape) if name in weights else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if there != wanted:
+            raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, {path} has {there} at "
+                             f"{name}, a {architecture} has {wanted}")
+    return architecture
+
+
+def _describe_beit(weights: Mapping[str, Tensor]) -> Architecture:
+    tables = [weight for name, weight in weights.items() if name.endswith("relative_position_bias_table")]
+    arguments = _describe_shape(weights)
+    if "pos_embed" in weights:
+        num_patches_per_side = _square_root(weights["pos_embed"].shape[1] - 1, "pos_embed")
+    elif tables:
+        num_patches_per_side = count_positions(tables[0])
+    else:
+        raise ValueError("neither a position embedding nor a relative position bias")
+    if tables:
+        arguments["num_heads"] = tables[0].shape[1]
+        if arguments["embed_dim"] % arguments["num_heads"]:
+            raise ValueError(f"width {arguments['embed_dim']} with a bias table of {arguments['num_heads']} heads")
+    return Architecture(Beit, {
+        "img_size": num_patches_per_side * arguments["patch_size"], **arguments,
+        "qkv_bias": "blocks.0.attn.q_bias" in weights,
+        "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
+        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+        "global_pool": _describe_pooling(weights),
+    })
+
+
+def _describe_vision_transformer(weights: Mapping[str, Tensor]) -> Architecture:
+    arguments = _describe_shape(weights)
+    if "pos_embed" not in weights:
+        raise ValueError("no position embedding")
+    is_distilled = "dist_token" in weights
+    num_registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    num_positions = weights["pos_embed"].shape[1]
+    # DeiT-III and DINOv2 with registers embed the positions of patches alone, so that their number is a square
+    has_patches_alone = math.isqrt(num_positions) ** 2 == num_positions
+    num_prefix_tokens = 0 if has_patches_alone else 1 + is_distilled + num_registers
+    num_patches_per_side = _square_root(num_positions - num_prefix_tokens, "pos_embed")
+    arguments = {
+        "img_size": num_patches_per_side * arguments["patch_size"], **arguments,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
+    }
+    if is_distilled:
+        return Architecture(VisionTransformerDistilled, arguments)
+    return Architecture(VisionTransformer, {
+        **arguments, "global_pool": _describe_pooling(weights), "no_embed_class": has_patches_alone,
+        "reg_tokens": num_registers, "pre_norm": "norm_pre.weight" in weights,
+    })
+
+
+def _describe_shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    stem, first_layer = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc1.weight"]
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    return {
+        "patch_size": stem.shape[2], "in_chans": stem.shape[1], "embed_dim": stem.shape[0], "depth": max(blocks) + 1,
+        "mlp_ratio": first_layer.shape[0] / first_layer.shape[1],
+        "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
+    }
+
+
+def _describe_pooling(weights: Mapping[str, Tensor]) -> str:
+    if "fc_norm.weight" in weights:
+        return "avg"
+    return "token" if "head.weight" in weights else ""
+
+
+def count_positions(table: Tensor) -> int:
+    """Patches along a side of the square grid that a bias table (positions, heads) of `Beit` is for.
+
+    The table has a row for each of (2n - 1)² distances between two patches, and 3 for the class token.
+
+    Raises:
+        ValueError: No square grid has as many rows.
+    """
+    side = _square_root(table.shape[0] - 3, "relative_position_bias_table")
+    if side % 2 == 0:
+        raise ValueError(f"a relative_position_bias_table of {table.shape[0]} positions")
+    return (side + 1) // 2
+
+
+def _square_root(number: int, name: str) -> int:
+    root = math.isqrt(max(number, 0))
+    if root < 1 or root**2 != number:
+        raise ValueError(f"{name} is for {number} patches, which are no square")
+    return root
+
+
+def _shorten(names: Mapping[str, Any]) -> str:
+    shown = ", ".join(map(str, list(names)[:4]))
+    return f"{shown}, ... ({len(names)} names)" if len(names) > 4 else shown or "nothing"

@@ -1,0 +1,159 @@
+"""Reads checkpoint files without running anything that is in them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.serialization import safe_globals
+
+from pss_composer.errors import InputError
+
+# What the published files hold beside weights, and the random states of Composer's. None of these classes is
+# imported: an empty stand-in takes the place of their objects.
+HARMLESS = (
+    "yacs.config.CfgNode", "argparse.Namespace",
+    "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
+    "datetime.timedelta", "torch.torch_version.TorchVersion",
+)
+# what torch's own description of a sharded checkpoint is made of
+SHARD_CLASSES = {
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size",
+    "pathlib.PosixPath", "pathlib._local.PosixPath",
+}
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before version 1.6
+GLOBAL_NAME = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """What is in a checkpoint: a file of `torch.save` or safetensors, or Composer's folder of shards.
+
+    Only tensors, containers, numbers and text come out of it; nothing in it is executed.
+
+    Args:
+        path: A file, or a folder with a `.metadata` file.
+
+    Returns:
+        The dictionary of the file, its tensors in memory that is mapped from it where the format allows. Of a folder of
+        shards, Composer's weights and algorithms.
+
+    Raises:
+        InputError: No such file, another kind of file, a broken one, or one that asks for more than the above.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_shards(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint must be a file, no such file: {path}")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path)
+    if not zipfile.is_zipfile(path) and not start.startswith(LEGACY_MAGIC):
+        if start.startswith(b"PK"):
+            raise InputError(f"checkpoint must be a whole file, {path} ends too early")
+        raise InputError(f"checkpoint must be a file of torch.save or safetensors, {path} begins with {start!r}")
+    contents = _load_pickle(path, str(path), mmap=not start.startswith(LEGACY_MAGIC))
+    if not isinstance(contents, dict):
+        raise InputError(f"checkpoint must hold a dictionary, {path} holds a {type(contents).__name__}")
+    return contents
+
+
+class Inert(dict):
+    """Stands in for an object of a harmless class; keeps the items of a dictionary and drops the rest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load_pickle(source: Any, name: str, *, mmap: bool = False) -> Any:
+    try:
+        with safe_globals([(Inert, harmless) for harmless in HARMLESS]):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    # a broken file can fail in any way
+    except Exception as error:
+        asked_for = GLOBAL_NAME.search(str(error))
+        if asked_for:
+            raise InputError(f"checkpoint must hold weights and settings alone, {name} asks for {asked_for[1]}: "
+                             "refused, and nothing of it was run") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint must be a whole file of torch.save, {name} cannot be read: {reason}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"checkpoint must be a whole safetensors file, {path} cannot be read: {error}") from error
+
+
+def _read_shards(folder: Path) -> dict[str, Any]:
+    """The model and the algorithms (the EMA's averages) of a folder that Composer wrote with sharded state."""
+    if not (folder / ".metadata").is_file():
+        raise InputError(f"checkpoint must be a file or a folder of shards with a .metadata, got {folder}")
+    try:
+        reader, planner = _ShardReader(folder), _ShardPlanner()
+        entries = reader.read_metadata().state_dict_metadata
+        model = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if name.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        objects = {name: None for name in entries if name == "state.algorithms"}
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no process group is there
+            load({**model, **objects}, storage_reader=reader, planner=planner, no_dist=True)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint must be a whole folder of shards, {folder} cannot be read: {reason}") from error
+    model = {name.removeprefix("state.model."): tensor for name, tensor in model.items()}
+    return {"state": {"model": model, "algorithms": planner.objects.get("state.algorithms", [])}}
+
+
+class _ShardUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in SHARD_CLASSES and not is_dtype:
+            raise InputError("checkpoint must hold weights and settings alone, its .metadata asks for "
+                             f"{module}.{name}: refused, and nothing of it was run")
+        return super().find_class(module, name)
+
+
+class _ShardReader(FileSystemReader):
+    """torch's, whose own reading of the metadata would run what is in it."""
+
+    def read_metadata(self) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _ShardUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _ShardPlanner(DefaultLoadPlanner):
+    """torch's, whose own reading of what is no tensor would run what is in it; such objects end up in `objects`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.objects: dict[str, Any] = {}
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        self.objects[name] = _load_pickle(value, name)
