@@ -9,7 +9,7 @@ from pathlib import Path
 from pss_composer.checkpoints import export_checkpoint, import_checkpoint
 from pss_composer.errors import InputError, exit_on_input_error
 from pss_composer.evaluation import KEEP_RATES, load_run
-from pss_composer.report import format_table, plot_kept_patches, plot_schedule
+from pss_composer.report import format_table, plot_kept_patches, plot_reconstruction, plot_schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (evaluate, report):
         command.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a trained recipe")
         command.add_argument("--keep-rates", nargs="+", type=float, default=KEEP_RATES, metavar="ρ")
+    reconstruct = commands.add_parser("reconstruct", help="draw what a pre-trained model paints into masked patches")
+    reconstruct.add_argument("run", metavar="RUN", help="the save_folder of a pre-training recipe")
+    reconstruct.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a .png")
     convert = {
         "import-checkpoint": ("FILE", "write a SimMIM, DeiT, PSS, timm or Composer checkpoint as safetensors for timm"),
         "export-checkpoint": ("RUN", "write a run's last checkpoint (or one of its checkpoints) likewise"),
@@ -37,8 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command in convert:
             function = import_checkpoint if options.command == "import-checkpoint" else export_checkpoint
             print(function(options.source, options.out, ema=options.ema, image_size=options.image_size))
+        elif options.command == "reconstruct":
+            _reconstruct(options)
         else:
             _evaluate(options)
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    if options.out.suffix != ".png":
+        raise InputError(f"--out must be a file with the suffix .png, got {options.out}")
+    run = load_run(options.run)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    plot_reconstruction(run, options.out)
+    print(f"picture: {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Trainer
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pss_composer.checkpoints import LATEST, load_checkpoint
 from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
 from pss_composer.settings import Recipe
 from pss_composer.surgery import apply_patch_sampling
-from pss_composer.training import RECIPE_FILE, build_data, build_model
+from pss_composer.training import RECIPE_FILE, build_data, build_model, build_sampler
 
 KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
-CHECKPOINT_FILE = "latest-rank0.pt"
 
 
 @dataclass
@@ -42,11 +41,11 @@ def load_run(folder: str | Path) -> Run:
     """Read a run's recipe and its last checkpoint.
 
     Raises:
-        InputError: No run in this folder, or one without a checkpoint.
+        InputError: No run in this folder, or one without a whole checkpoint of its model.
     """
     folder = Path(folder)
-    for name in (RECIPE_FILE, CHECKPOINT_FILE):
-        if not (folder / name).is_file():
+    for name in (RECIPE_FILE, LATEST):
+        if not (folder / name).exists():
             raise InputError(f"run must be the save_folder of a trained recipe, no {name} in {folder}")
     try:
         settings = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(folder / RECIPE_FILE))
@@ -55,9 +54,8 @@ def load_run(folder: str | Path) -> Run:
         raise InputError(f"run must hold a recipe of this version, {folder / RECIPE_FILE} is none: "
                          f"{str(error).splitlines()[0]}") from error
     model = build_model(recipe.model)
-    sampler = recipe.pss.sampler if recipe.pss is not None else "magnitude"
-    patch_sampler = apply_patch_sampling(model, sampler=sampler)
-    _build_trainer(model, load_path=str(folder / CHECKPOINT_FILE), load_weights_only=True).close()
+    patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
+    load_checkpoint(model, folder / LATEST)
     return Run(recipe.run_name, folder, recipe, model, patch_sampler)
 
 
@@ -75,7 +73,8 @@ def evaluate(
     Returns:
         Keep rate -> metric name -> value.
     """
-    trainer = _build_trainer(model)
+    # Composer asks for an optimizer also where nothing is trained
+    trainer = Trainer(model=model, optimizers=torch.optim.SGD(model.parameters()), progress_bar=False)
     before = patch_sampler.eval_keep_rate
     metrics = {}
     for keep_rate in keep_rates:
@@ -88,14 +87,14 @@ def evaluate(
     return metrics
 
 
-def _build_trainer(model: ComposerModel, **options: Any) -> Trainer:
-    # Composer asks for an optimizer also where nothing is trained
-    optimizer = torch.optim.SGD(model.parameters())
-    return Trainer(model=model, optimizers=optimizer, progress_bar=False, load_progress_bar=False, **options)
-
-
 def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
-    """`evaluate` on the evaluation data of a run's recipe."""
+    """`evaluate` on the evaluation data of a run's recipe.
+
+    Raises:
+        InputError: A run of pre-training, which has no classes.
+    """
+    if run.recipe.masking is not None:
+        raise InputError(f"run must be of a classifier, {run.folder} is of pre-training: see the command reconstruct")
     return evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
 
 
@@ -114,7 +113,7 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
 
 def flop_shares(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, float]:
     """Keep rate -> FLOPs of a forward pass as a share of those at ρ = 1."""
-    vit, size = run.model.module.eval(), run.recipe.model.image_size
+    vit, size = run.model.vit.eval(), run.recipe.model.image_size
     images = torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
     flops = {}
     for keep_rate in {1.0, *keep_rates}:

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import math
 import typing
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,12 +178,6 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.save_num_checkpoints_to_keep < 1 and recipe.save_num_checkpoints_to_keep != -1:
         raise InputError("save_num_checkpoints_to_keep must be at least 1, or -1 for all, "
                          f"got {recipe.save_num_checkpoints_to_keep}")
-    if recipe.load_path is not None and "://" not in recipe.load_path:
-        if not Path(recipe.load_path).exists():
-            raise InputError(f"load_path must be a checkpoint, no such file: {recipe.load_path}")
-        # torch.save writes zip files, and sharded checkpoints are folders
-        if not Path(recipe.load_path).is_dir() and not zipfile.is_zipfile(recipe.load_path):
-            raise InputError(f"load_path must be a checkpoint of this project, {recipe.load_path} is none")
     has_gpu = torch.cuda.is_available() and recipe.device != "cpu"
     if recipe.device == "gpu" and not has_gpu:
         raise InputError("device must be cpu or null on a machine without a GPU, got 'gpu'")

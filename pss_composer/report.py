@@ -12,6 +12,7 @@ import torch
 from pss_composer.data.augment import Augmentation
 from pss_composer.errors import InputError
 from pss_composer.evaluation import KEEP_RATES, Run, evaluate_run, flop_shares
+from pss_composer.masking import draw_masks
 from pss_composer.training import build_data
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -116,7 +117,7 @@ def plot_kept_patches(
     images, labels = next(iter(build_data(run.recipe, "val").dataloader))
     chosen = [labels.tolist().index(label) for label in labels.unique()][:num_images]
     images, labels = images[chosen], labels[chosen]
-    vit = run.model.module.eval()
+    vit = run.model.vit.eval()
     device = next(vit.parameters()).device
     pixels = _to_pixels(images, run.recipe.augmentation)
     tinted = 0.2 * pixels + 0.8 * torch.tensor(TINT).view(3, 1, 1)
@@ -138,6 +139,53 @@ def plot_kept_patches(
     run.patch_sampler.eval_keep_rate = 1.0
     figure.suptitle(f"{run.name}: the patches that stay ({run.patch_sampler.sampler} sampler), the others tinted; "
                     "below, the class that the model answers, bold and red where it is wrong", fontsize=9, color=INK)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> None:
+    """Draw evaluation images, what a pre-trained model sees of them, and the images with the masked patches painted in.
+
+    Args:
+        run: A finished run of pre-training.
+        path: The picture to write.
+        num_images: Images, one a column: the first ones.
+
+    Raises:
+        InputError: A run of a classifier.
+    """
+    if run.recipe.masking is None:
+        raise InputError(f"run must be of pre-training (model.name=simmim_pretrain), {run.folder} is of a classifier")
+    plt = _import_pyplot()
+    model, recipe = run.model.eval(), run.recipe
+    images = next(iter(build_data(recipe, "val").dataloader))[0][:num_images].to(next(model.parameters()).device)
+    generator = torch.Generator(images.device).manual_seed(recipe.seed)
+    mask = draw_masks(
+        len(images), model.encoder.patch_embed.grid_size, unit=recipe.masking.unit // model.patch_size,
+        ratio=recipe.masking.ratio, generator=generator,
+    )
+    with torch.no_grad():
+        painted = model.unpatchify(model((images, mask)).pixels).float()
+    is_masked = mask.unsqueeze(1)
+    for dim in (2, 3):
+        is_masked = is_masked.repeat_interleave(model.patch_size, dim)
+    is_masked, augmentation = is_masked.cpu(), recipe.augmentation
+    pixels, painted = _to_pixels(images.cpu(), augmentation), _to_pixels(painted.cpu(), augmentation)
+    rows = {
+        "image": pixels,
+        "masked": torch.where(is_masked, torch.tensor(TINT).view(3, 1, 1), pixels),
+        "painted in": torch.where(is_masked, painted, pixels),
+    }
+    figure, axes = plt.subplots(len(rows), len(images), squeeze=False, layout="constrained",
+                                figsize=(1.1 * len(images) + 0.6, 1.15 * len(rows) + 0.4))
+    for row, (title, shown) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(row, shown.permute(0, 2, 3, 1).numpy(), strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(title, color=INK)
+    figure.suptitle(f"{run.name}: held-out images, what the model sees, and the masked patches painted in",
+                    fontsize=9, color=INK)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

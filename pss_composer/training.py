@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
 from omegaconf import OmegaConf
 
 from pss_composer.algorithm import PatchSamplingSchedule
+from pss_composer.checkpoints import LATEST, load_checkpoint, load_pretrained
 from pss_composer.data import build_dataspec, restore_generators
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError, exit_on_input_error
@@ -32,7 +34,7 @@ from pss_composer.optim import build_optimizer, build_scheduler
 from pss_composer.progress import Progress, count_batches
 from pss_composer.recipes import build_schedule, load_recipe, name_argument
 from pss_composer.sampling import StratifiedSampler
-from pss_composer.settings import ModelSettings, Recipe
+from pss_composer.settings import ModelSettings, PSSSettings, Recipe
 
 # settings that a resumed run may change: they have no part in what it computes
 FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
@@ -60,14 +62,18 @@ def build_model(settings: ModelSettings) -> ComposerModel:
         return {"deit": DeiT, "simmim": SimMIMClassifier}[name](**arguments)
 
 
+def build_sampler(settings: PSSSettings) -> str | StratifiedSampler:
+    """The sampler of a recipe, in a form that `apply_patch_sampling` takes."""
+    return StratifiedSampler(settings.masked_share) if settings.sampler == "stratified" else settings.sampler
+
+
 def build_algorithms(recipe: Recipe) -> list[Algorithm]:
     """PSS and the algorithms that a recipe combines it with."""
     algorithms: list[Algorithm] = []
     if recipe.pss is not None:
-        is_stratified = recipe.pss.sampler == "stratified"
         algorithms.append(PatchSamplingSchedule(
             build_schedule(recipe.pss.schedule),
-            sampler=StratifiedSampler(recipe.pss.masked_share) if is_stratified else recipe.pss.sampler,
+            sampler=build_sampler(recipe.pss),
             eval_keep_rate=recipe.pss.eval_keep_rate,
         ))
     if recipe.masking is not None:
@@ -135,6 +141,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         reproducibility.configure_deterministic_mode()
     reproducibility.seed_all(recipe.seed)  # every rank starts from the same weights
     model = build_model(recipe.model)
+    _load_weights(model, recipe)
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
         model.vit.set_grad_checkpointing()
     algorithms = build_algorithms(recipe)
@@ -209,6 +216,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with exit_on_input_error(debug=options.debug):
         train(load_recipe(options.recipe, options.overrides))
+
+
+@contextmanager
+def _name_checkpoint(key: str) -> Iterator[None]:
+    """Lets the message of a checkpoint that is none begin with the recipe's key."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("checkpoint", key, 1)) from error
+
+
+def _load_weights(model: ComposerModel, recipe: Recipe) -> None:
+    """Pre-trained weights; and whether `load_path`, which Composer loads later, is of this model."""
+    is_resumed = recipe.autoresume and (Path(recipe.save_folder) / LATEST).exists()
+    if recipe.model.pretrained is not None and not is_resumed:
+        with _name_checkpoint("model.pretrained"):
+            transfer = load_pretrained(model, recipe.model.pretrained)
+        if dist.get_global_rank() == 0:
+            print(f"model.pretrained={recipe.model.pretrained}\n{transfer}", flush=True)
+    if recipe.load_path is not None and "://" not in recipe.load_path:
+        with _name_checkpoint("load_path"):
+            load_checkpoint(model, recipe.load_path)
 
 
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:

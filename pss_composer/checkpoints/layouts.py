@@ -33,12 +33,14 @@ class Weights:
     Args:
         tensors: Name -> weight.
         layout: What kind of file they come from, in words.
+        is_composer: Whether this is a Composer checkpoint.
         not_weights: What else the file holds, by name.
         dropped: Weights of the file that nothing needs: position indices are computed.
     """
 
     tensors: dict[str, Tensor]
     layout: str
+    is_composer: bool = False
     not_weights: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
@@ -67,7 +69,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
     kind = "SimMIM pre-training" if is_pretraining else "ViT"
     not_weights = [name for name in contents if name not in (*CONTAINERS, *tensors, *dropped)]
-    return Weights(tensors, f"{kind}, {container}", not_weights, dropped)
+    return Weights(tensors, f"{kind}, {container}", "state" in contents, not_weights, dropped)
 
 
 def timm_name(name: str) -> str:

@@ -116,7 +116,8 @@ def _read_shards(folder: Path) -> dict[str, Any]:
             if name.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
         }
         objects = {name: None for name in entries if name == "state.algorithms"}
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no process group is there
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that no process group is there
             load({**model, **objects}, storage_reader=reader, planner=planner, no_dist=True)
     except InputError:
         raise

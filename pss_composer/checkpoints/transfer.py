@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,13 +69,40 @@ def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
     Raises:
         InputError: What `read_weights` raises, or weights of another architecture.
     """
-    weights = read_weights(path)
-    targets = {timm_name(name): parameter for name, parameter in model.state_dict().items()}
+    targets = _find_targets(model)
+    transfer = fit_weights(read_weights(path), targets, model.vit, path)
+    _copy(transfer, targets)
+    return transfer
+
+
+def load_checkpoint(model: ComposerModel, path: str | Path) -> None:
+    """Give a model of this project all of the weights in a Composer checkpoint of the same model.
+
+    Args:
+        model: One of `models`; nothing of it changes on an error.
+        path: A file, or a folder of shards.
+
+    Raises:
+        InputError: What `read_weights` raises, a file that is none of Composer's, or one of another model.
+    """
+    weights, targets = read_weights(path), _find_targets(model)
+    if not weights.is_composer:
+        raise InputError(f"checkpoint must be Composer's, {path} is none: model.pretrained takes it")
     transfer = fit_weights(weights, targets, model.vit, path)
+    changed = [*transfer.interpolated, *transfer.copied, *transfer.initial, *transfer.dropped]
+    if changed:
+        raise InputError(f"checkpoint must be of the same model, {path} differs in {changed[0]}")
+    _copy(transfer, targets)
+
+
+def _find_targets(model: ComposerModel) -> dict[str, Tensor]:
+    return {timm_name(name): parameter for name, parameter in model.state_dict().items()}
+
+
+def _copy(transfer: Transfer, targets: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in transfer.tensors.items():
             targets[name].copy_(tensor)
-    return transfer
 
 
 def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module, path: str | Path) -> Transfer:
@@ -129,8 +157,9 @@ def _resize(name: str, source: Tensor, target: Tensor, vit: nn.Module, path: str
             num_prefix_tokens = target.shape[1] - vit.patch_embed.num_patches
             resized = resample_abs_pos_embed(source, list(grid_size), num_prefix_tokens=num_prefix_tokens)
         elif name.endswith("relative_position_bias_table") and count_positions(source):
-            new_shape = (target.shape[0], source.shape[1])
-            resized = resize_rel_pos_bias_table(source, grid_size, new_shape)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout
+                resized = resize_rel_pos_bias_table(source, grid_size, (target.shape[0], source.shape[1]))
         elif name == "patch_embed.proj.weight":
             resized = resample_patch_embed(source, list(target.shape[2:]))
     # a weight of another number of dimensions, or of a grid that is no square
