@@ -22,3 +22,14 @@ def exit_on_input_error(*, debug: bool) -> Iterator[None]:
         if debug:
             raise
         sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def name_argument(key: str) -> Iterator[None]:
+    """Turns a `ValueError` whose message begins with an argument's name into an `InputError` on a recipe's key."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{key}.{error}".lstrip(".")) from error

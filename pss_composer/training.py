@@ -24,7 +24,7 @@ from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.checkpoints import LATEST, load_checkpoint, load_pretrained
 from pss_composer.data import build_dataspec, restore_generators
 from pss_composer.ema import EMA
-from pss_composer.errors import InputError, exit_on_input_error
+from pss_composer.errors import InputError, exit_on_input_error, name_argument
 from pss_composer.loggers import JSONLinesLogger
 from pss_composer.masking import PatchMasking
 from pss_composer.mixing import MixUpCutMix
@@ -32,7 +32,8 @@ from pss_composer.models import DeiT, SimMIM, SimMIMClassifier
 from pss_composer.models.simmim import build_encoder
 from pss_composer.optim import build_optimizer, build_scheduler
 from pss_composer.progress import Progress, count_batches
-from pss_composer.recipes import build_schedule, load_recipe, name_argument
+from pss_composer.recipes import load_recipe
+from pss_composer.rules import build_schedule
 from pss_composer.sampling import StratifiedSampler
 from pss_composer.settings import ModelSettings, PSSSettings, Recipe
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pss_composer.recipes import build_schedule, load_recipe
+from pss_composer.recipes import load_recipe
+from pss_composer.rules import build_schedule
 from pss_composer.schedules import Cyclic
 
 ROOT = Path(__file__).parent.parent
