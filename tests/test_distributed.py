@@ -13,6 +13,10 @@ import pytest
 import torch
 from distributed_script import MODELS, PARALLELISMS, RESUMED, STOPS
 
+from pss_composer.checkpoints import load_checkpoint
+from pss_composer.models import SimMIM
+from pss_composer.models.simmim import build_encoder
+
 ROOT = Path(__file__).parent.parent
 # of 64 patches and a class token, by hand: 0.2 * 65 = 13, ...
 TOKENS = {0.2: 13, 0.4: 26, 0.6: 39, 0.8: 52, 1.0: 65}
@@ -116,3 +120,34 @@ def test_a_recipe_on_two_processes_and_its_autoresume(tmp_path, overrides):
     # the second call finds the run at its end
     launch(*command, log=tmp_path / "second.txt")
     assert (folder / "metrics.jsonl").read_text() == metrics
+
+
+def test_pretraining_on_two_processes_is_the_same_in_every_parallelism(tmp_path):
+    parallelisms = {
+        "ddp": ["parallelism=ddp"],
+        "fsdp2": ["parallelism=fsdp2"],
+        "checkpointing": ["parallelism=fsdp2", "activation_checkpointing=true", "microbatch_size=2"],
+    }
+    losses, errors = {}, {}
+    for name, overrides in parallelisms.items():
+        launch(
+            "train.py", "yamls/simmim_vitb_pretrain_pss.yaml", "data.name=synthetic", "data.path=null",
+            "data.num_workers=0", "data.num_samples=32", "model.depth=2", "model.embed_dim=32", "model.num_heads=2",
+            "model.image_size=32", "model.patch_size=4", "model.drop_path=0", "masking.unit=8", "train_batch_size=8",
+            "eval_batch_size=8", "max_duration=4ba", "eval_interval=4ba", "scheduler.warmup=1ba", "optimizer.lr=5e-3",
+            # torch 2.7 sums FSDP2's gradients over processes where they talk by gloo (by NCCL it averages): Adam does
+            # not mind, clipping does
+            "gradient_clipping=null", "progress_bar=false", f"save_folder={tmp_path / name}", *overrides,
+            log=tmp_path / f"{name}.txt",
+        )
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
+        errors[name] = [line["metrics/eval/masked_l1"] for line in lines if "metrics/eval/masked_l1" in line]
+        assert [line["pss/keep_rate"] for line in lines if "pss/keep_rate" in line] == pytest.approx([0.2, 0.6, 1, 0.6])
+        # what one process makes of two processes' checkpoint
+        load_checkpoint(SimMIM(build_encoder("tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)),
+                        tmp_path / name / "latest-rank0.pt")
+    assert len(losses["ddp"]) == 4 and losses["ddp"][3] < losses["ddp"][0]
+    for name in ("fsdp2", "checkpointing"):
+        assert losses[name] == pytest.approx(losses["ddp"], abs=1e-5)
+        assert errors[name] == pytest.approx(errors["ddp"], abs=1e-5) and len(errors[name]) == 1

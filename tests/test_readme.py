@@ -19,8 +19,9 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["composer", "plain"])
-def test_python_blocks_run(code):
+@pytest.mark.parametrize("code", blocks("python"), ids=["composer", "plain", "pretraining"])
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one saves a checkpoint
     exec(compile(code, "README.md", "exec"), {})
 
 
@@ -31,7 +32,7 @@ def test_yaml_block_is_the_default_schedule():
 
 def test_every_train_command_reads_its_recipe():
     commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if "train.py" in line]
-    assert len(commands) == 3
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command)
         recipe, *overrides = words[words.index("train.py") + 1:]

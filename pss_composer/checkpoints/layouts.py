@@ -18,6 +18,7 @@ from pss_composer.checkpoints.reading import read_file
 from pss_composer.errors import InputError
 
 CONTAINERS = ("model", "state_dict", "state")
+BARE = "a bare state dict"
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 # what only SimMIM pre-training has, by the names that the weights have here: ours and the original's -> here
 PRETRAINING_NAMES = {
@@ -68,7 +69,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
     if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
     kind = "SimMIM pre-training" if is_pretraining else "ViT"
-    not_weights = [name for name in contents if name not in (*CONTAINERS, *tensors, *dropped)]
+    not_weights = [] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS]
     return Weights(tensors, f"{kind}, {container}", "state" in contents, not_weights, dropped)
 
 
@@ -82,26 +83,39 @@ def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool) -> t
     """The state dict in the contents of a file, and the file's container in words."""
     if isinstance(contents.get("state"), dict) and "model" in contents["state"]:
         container, tensors = "a Composer checkpoint", contents["state"]["model"]
-        averages = _find_composer_averages(contents["state"].get("algorithms", []))
+        averages = _find_composer_averages(contents["state"])
     else:
         key = next((key for key in ("model", "state_dict") if isinstance(contents.get(key), dict)), None)
-        container = "a bare state dict" if key is None else f"under {key!r}"
+        container = BARE if key is None else f"under {key!r}"
         tensors = contents if key is None else contents[key]
         averages = contents.get("model_ema" if key == "model" else "state_dict_ema")
     if ema:
         if not isinstance(averages, dict):
             raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
         container, tensors = f"{container}, its moving averages", averages
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not _is_state_dict(tensors):
         raise InputError("checkpoint must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
                          f"else, {path} holds {_shorten(contents)}")
     return dict(tensors), container
 
 
-def _find_composer_averages(algorithms: Any) -> dict[str, Tensor] | None:
-    for _, state in algorithms or []:
-        if isinstance(state, dict) and "ema_model" in state:
-            return state["ema_model"]["named_parameters_dict"]
+def _is_state_dict(tensors: Any) -> bool:
+    return isinstance(tensors, dict) and len(tensors) > 0 and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        for name, tensor in tensors.items()
+    )
+
+
+def _find_composer_averages(state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The averages of the EMA; under it, Composer saves them as the model, and the weights in training in their place.
+    """
+    algorithms = state.get("algorithms")
+    for entry in algorithms if isinstance(algorithms, list) else []:
+        match entry:
+            case _, {"ema_started": True, "ema_weights_active": True}:
+                return state["model"]
+            case _, {"ema_started": True, "ema_model": {"named_parameters_dict": averages}}:
+                return averages
     return None
 
 
@@ -145,8 +159,8 @@ def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Archit
     try:
         architecture = _describe_beit(weights) if is_beit else _describe_vision_transformer(weights)
         expected = architecture.build_empty().state_dict()
-    # timm asserts that its arguments fit together
-    except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+    # timm asserts that its arguments fit together; a shape may have too few dimensions, or a zero
+    except (AssertionError, ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
         raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, the shapes in {path} do not "
                          f"fit together: {str(error).splitlines()[0] if str(error) else 'no such ViT'}") from error
     for name in {**expected, **weights}:
@@ -210,7 +224,7 @@ def _describe_shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     stem, first_layer = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc1.weight"]
     blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
     return {
-        "patch_size": stem.shape[2], "in_chans": stem.shape[1], "embed_dim": stem.shape[0], "depth": max(blocks) + 1,
+        "patch_size": stem.shape[2], "in_chans": stem.shape[1], "embed_dim": stem.shape[0], "depth": len(blocks),
         "mlp_ratio": first_layer.shape[0] / first_layer.shape[1],
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
     }

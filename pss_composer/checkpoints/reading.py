@@ -7,14 +7,17 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.serialization import safe_globals
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from pss_composer.errors import InputError
 
@@ -81,18 +84,42 @@ class Inert(dict):
         pass
 
 
+@contextmanager
+def _harmless_globals() -> Iterator[None]:
+    """Lets torch make the stand-ins, and nothing that torch or any library has allowed beside its tensors."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals([(Inert, harmless) for harmless in HARMLESS])
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
+
+
 def _load_pickle(source: Any, name: str, *, mmap: bool = False) -> Any:
     try:
-        with safe_globals([(Inert, harmless) for harmless in HARMLESS]):
+        with _harmless_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of pickles that it may refuse
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     # a broken file can fail in any way
     except Exception as error:
-        asked_for = GLOBAL_NAME.search(str(error))
-        if asked_for:
-            raise InputError(f"checkpoint must hold weights and settings alone, {name} asks for {asked_for[1]}: "
-                             "refused, and nothing of it was run") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint must be a whole file of torch.save, {name} cannot be read: {reason}") from error
+        raise _explain(error, "file of torch.save", name) from error
+
+
+def _explain(error: BaseException, kind: str, name: str) -> InputError:
+    """One line for what torch says at length, with advice that is none for a file of unknown origin."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    if isinstance(error, InputError):
+        return error
+    asked_for = GLOBAL_NAME.search(str(error))
+    if asked_for:
+        return InputError(f"checkpoint must hold weights and settings alone, {name} asks for {asked_for[1]}: refused, "
+                          "and nothing of it was run")
+    lines = str(error).split("WeightsUnpickler error: ")[-1].splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return InputError(f"checkpoint must be a whole {kind}, {name} cannot be read: {reason}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -116,14 +143,12 @@ def _read_shards(folder: Path) -> dict[str, Any]:
             if name.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
         }
         objects = {name: None for name in entries if name == "state.algorithms"}
-        with warnings.catch_warnings():
+        with _harmless_globals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns that no process group is there
             load({**model, **objects}, storage_reader=reader, planner=planner, no_dist=True)
-    except InputError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint must be a whole folder of shards, {folder} cannot be read: {reason}") from error
+    # torch's own for what fails in a shard is no Exception
+    except (Exception, CheckpointException) as error:
+        raise _explain(error, "folder of shards", str(folder)) from error
     model = {name.removeprefix("state.model."): tensor for name, tensor in model.items()}
     return {"state": {"model": model, "algorithms": planner.objects.get("state.algorithms", [])}}
 
