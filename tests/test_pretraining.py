@@ -200,6 +200,22 @@ def test_scale_of_the_loss_does_not_depend_on_the_keep_rate():
         assert abs(float(model.loss(model((images, mask)), (images, mask))) - 0.798) < 0.01
 
 
+def test_compiled_it_is_one_graph_for_each_keep_rate_and_the_same():
+    model, batch = small_model(), small_batch()
+    patch_sampler = apply_patch_sampling(model, sampler=StratifiedSampler())
+
+    def loss():
+        return model.loss(model(batch), batch)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for keep_rate in (1.0, 0.2, 0.6, 1.0):
+        patch_sampler.keep_rate = keep_rate
+        torch.manual_seed(1)
+        expected = loss()
+        torch.manual_seed(1)
+        torch.testing.assert_close(compiled(), expected, atol=1e-6, rtol=0)
+
+
 def test_a_batch_that_keeps_no_masked_token_has_loss_zero():
     model, (images, mask) = small_model(), small_batch()
     batch = images, torch.zeros_like(mask)
@@ -340,6 +356,16 @@ def test_every_evaluation_sees_the_same_masks(tmp_path):
     _, watch = pretrain(tmp_path)
     first, second, third, fourth = watch.eval_masks  # two batches in each of two epochs
     assert torch.equal(first, third) and torch.equal(second, fourth) and not torch.equal(first, second)
+
+
+def test_prediction_has_masks_too(tmp_path):
+    model = small_model(1)
+    trainer = Trainer(model=model, algorithms=[PatchMasking(unit=8)], optimizers=torch.optim.SGD(model.parameters()),
+                      progress_bar=False)
+    images = torch.randn(4, 3, 32, 32)
+    outputs = trainer.predict(DataLoader(images, batch_size=2))  # batches without labels
+    trainer.close()
+    assert [pixels.shape for pixels, _ in outputs] == [(2, 64, 48)] * 2
 
 
 def test_microbatches_make_the_same_update(tmp_path):

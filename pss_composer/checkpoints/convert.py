@@ -22,7 +22,8 @@ def import_checkpoint(
     """Write the weights of a checkpoint as safetensors by timm's names.
 
     The file loads with `strict=True` into the timm class that its metadata name, under `timm`, as JSON of the class and
-    its arguments. After SimMIM pre-training this is the encoder, with its shared relative position bias.
+    its arguments; `num_heads` is null where the weights do not show it. After SimMIM pre-training this is the encoder,
+    with its shared relative position bias.
 
     Args:
         source: A file in a layout that `read_weights` knows, or a folder of shards.
@@ -47,7 +48,9 @@ def import_checkpoint(
         architecture.arguments["img_size"] = image_size
     vit = architecture.build_empty()
     transfer = fit_weights(weights, vit.state_dict(), vit, source)
-    description = {"class": architecture.vit_class.__name__, "arguments": architecture.arguments}
+    # where weights do not show the number of heads, null: timm's default would load and compute something else
+    arguments = {"num_heads": None, **architecture.arguments}
+    description = {"class": architecture.vit_class.__name__, "arguments": arguments}
     _write(out, transfer.tensors, {"format": "pt", "timm": json.dumps(description)})
     lines = [f"{source}: {weights.layout}", str(transfer)]
     if weights.not_weights:

@@ -216,7 +216,8 @@ def _describe_vision_transformer(weights: Mapping[str, Tensor]) -> Architecture:
         return Architecture(VisionTransformerDistilled, arguments)
     return Architecture(VisionTransformer, {
         **arguments, "global_pool": _describe_pooling(weights), "no_embed_class": has_patches_alone,
-        "reg_tokens": num_registers, "pre_norm": "norm_pre.weight" in weights,
+        "reg_tokens": num_registers,
+        # never pre_norm, CLIP's: its ViTs differ in activation and epsilon too, and their weights do not show in which
     })
 
 

@@ -140,7 +140,9 @@ class SimMIM(ComposerModel):
         metric.update(self.loss(outputs, batch), weight=len(batch[0]))
 
     def _find_sampler(self) -> PatchSampler | None:
-        return next((module for module in self.encoder.modules() if isinstance(module, PatchSampler)), None)
+        # no generator: torch.compile would break the graph there
+        samplers = [module for module in self.encoder.modules() if isinstance(module, PatchSampler)]
+        return samplers[0] if samplers else None
 
 
 def build_encoder(
