@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from pss_composer.checkpoints.layouts import find_architecture, read_weights
@@ -90,7 +91,12 @@ def _check_out(out: Path) -> None:
 
 
 def _write(out: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    memory, apart = set(), {}
+    for name, tensor in tensors.items():  # safetensors takes no two that share memory
+        start = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone(memory_format=torch.contiguous_format) if start in memory else tensor.contiguous()
+        memory.add(start)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as workspace:
         written = Path(workspace) / out.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata)
+        save_file(apart, written, metadata)
         os.replace(written, out)

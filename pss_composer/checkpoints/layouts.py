@@ -54,7 +54,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
     Args:
         path: A file, or a folder of shards.
-        ema: Take the moving averages of the weights instead of the weights.
+        ema: Take the moving averages of the weights instead of the weights. Composer's EMA, once started, saves them as
+            the model's: then they are what comes out either way.
 
     Raises:
         InputError: No such file, a broken one, one that asks for more than weights, or none of these layouts.
@@ -92,7 +93,9 @@ def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool) -> t
     if ema:
         if not isinstance(averages, dict):
             raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
-        container, tensors = f"{container}, its moving averages", averages
+        tensors = averages
+    if tensors is averages:  # Composer's model, too, where there are any
+        container = f"{container}, its moving averages"
     if not _is_state_dict(tensors):
         raise InputError("checkpoint must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
                          f"else, {path} holds {_shorten(contents)}")

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
@@ -37,7 +36,7 @@ SHARD_CLASSES = {
     "pathlib.PosixPath", "pathlib._local.PosixPath",
 }
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before version 1.6
-GLOBAL_NAME = re.compile(r"GLOBAL ([\w.]+)")
+GLOBAL_NAME = re.compile(r"(?:GLOBAL |^Weights only load failed. ``)([\w.]+)")  # the latter for DTensor and its like
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -56,22 +55,35 @@ def read_file(path: str | Path) -> dict[str, Any]:
         InputError: No such file, another kind of file, a broken one, or one that asks for more than the above.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_shards(path)
-    if not path.is_file():
-        raise InputError(f"checkpoint must be a file, no such file: {path}")
-    with path.open("rb") as file:
-        start = file.read(16)
+    try:
+        if path.is_dir():
+            return _read_shards(path)
+        if not path.is_file():
+            raise InputError(f"checkpoint must be a file, no such file: {path}")
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise InputError(f"checkpoint must be a file that can be read, {path} cannot: {error.strerror}") from error
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
-    if not zipfile.is_zipfile(path) and not start.startswith(LEGACY_MAGIC):
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and not start.startswith(LEGACY_MAGIC):
         if start.startswith(b"PK"):
             raise InputError(f"checkpoint must be a whole file, {path} ends too early")
         raise InputError(f"checkpoint must be a file of torch.save or safetensors, {path} begins with {start!r}")
-    contents = _load_pickle(path, str(path), mmap=not start.startswith(LEGACY_MAGIC))
+    contents = _load_pickle(path, str(path), mmap=is_zip and _is_stored(path))
     if not isinstance(contents, dict):
         raise InputError(f"checkpoint must hold a dictionary, {path} holds a {type(contents).__name__}")
     return contents
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether nothing in a zip file is compressed; torch would take compressed bytes for numbers if it mapped them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+    except zipfile.BadZipFile:
+        return False
 
 
 class Inert(dict):
@@ -117,7 +129,7 @@ def _explain(error: BaseException, kind: str, name: str) -> InputError:
     if asked_for:
         return InputError(f"checkpoint must hold weights and settings alone, {name} asks for {asked_for[1]}: refused, "
                           "and nothing of it was run")
-    lines = str(error).split("WeightsUnpickler error: ")[-1].splitlines()
+    lines = str(error).split("WeightsUnpickler error: ")[-1].split(" In PyTorch 2.6")[0].splitlines()
     reason = lines[0] if lines else type(error).__name__
     return InputError(f"checkpoint must be a whole {kind}, {name} cannot be read: {reason}")
 
