@@ -46,7 +46,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from yacs.config import CfgNode
 
 from pss_composer.__main__ import main
-from pss_composer.checkpoints import import_checkpoint, load_checkpoint, load_pretrained, read_weights
+from pss_composer.checkpoints import LATEST, import_checkpoint, load_checkpoint, load_pretrained, read_weights
 from pss_composer.checkpoints.reading import read_file
 from pss_composer.errors import InputError
 from pss_composer.models import DeiT, SimMIM, SimMIMClassifier
@@ -330,17 +330,24 @@ def average_by_hand(run):
     return {name.removeprefix("module."): weight for name, weight in averages.items()}
 
 
-@pytest.mark.parametrize("options", [[], ["--ema"]])
 @pytest.mark.parametrize("source", ["", "latest-rank0.pt", "ep0-ba3-rank0.pt"])
-def test_export_of_a_run_under_ema(run, out, capsys, source, options):
-    main(["export-checkpoint", str(run / source), str(out), *options])
+def test_export_of_a_run_under_ema(run, out, capsys, source):
+    state = torch.load(run / "ep0-ba3-rank0.pt", weights_only=False)["state"]
+    main(["export-checkpoint", str(run / source), str(out), "--ema"])
     assert "a Composer checkpoint, its moving averages" in capsys.readouterr().out
     weights = load_file(out)
-    assert_same(weights, {name.removeprefix("module."): weight for name, weight in torch.load(
-        run / "ep0-ba3-rank0.pt", weights_only=False)["state"]["model"].items()})
+    assert_same(weights, {name.removeprefix("module."): weight for name, weight in state["model"].items()})
     for name, expected in average_by_hand(run).items():
         assert_close(weights[name], expected)
     load_into_timm(out)
+    out.unlink()
+    main(["export-checkpoint", str(run / source), str(out)])
+    assert "averages" not in capsys.readouterr().out
+    ema = next(ema for name, ema in state["algorithms"] if name == "EMA")
+    trained = ema["ema_model"]["named_parameters_dict"]
+    assert_same(load_file(out), {name.removeprefix("module."): weight for name, weight in trained.items()})
+    # a model starts from what Composer saved, and evaluates
+    assert_same(read_weights(run / LATEST).tensors, weights)
 
 
 def test_export_of_a_checkpoint_that_composer_saved_without_the_swap(run, tmp_path, out):
@@ -355,6 +362,30 @@ def test_export_of_a_checkpoint_that_composer_saved_without_the_swap(run, tmp_pa
     ema["ema_started"] = False
     message = refuse("export-checkpoint", save(contents, path), out, "--ema")
     assert "ema must be of a checkpoint with moving averages" in message
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ("{size: tiny, num_heads: null}", 3),  # DeiT-Ti has 3 heads
+    ("{size: tiny, num_heads: 4}", 4),
+    (None, None),
+])
+def test_number_of_heads_of_a_run_is_its_recipes(tmp_path, out, capsys, settings, expected):
+    model = DeiT("tiny", image_size=16, patch_size=4, num_classes=7, depth=1, num_heads=4)
+    path = save({"state": {"model": model.state_dict()}}, tmp_path / "ep1-ba1-rank0.pt")
+    if settings:
+        (tmp_path / "recipe.yaml").write_text(f"model: {settings}")
+    main(["export-checkpoint", str(path), str(out)])
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["timm"])["arguments"]["num_heads"] == expected
+    assert f"num_heads, which the weights do not show: {expected} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("embed_dim", "expected"), [(192, 3), (384, 6), (200, None)])
+def test_number_of_heads_of_a_published_vit_is_that_of_its_width(tmp_path, out, embed_dim, expected):
+    vit = VisionTransformer(img_size=16, patch_size=4, num_classes=7, embed_dim=embed_dim, depth=1, num_heads=4)
+    main(["import-checkpoint", str(save({"model": vit.state_dict()}, tmp_path / "deit.pth")), str(out)])
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["timm"])["arguments"]["num_heads"] == expected
 
 
 @pytest.mark.parametrize("kind", ["classifier", "pretraining"])
@@ -889,3 +920,20 @@ def test_read_weights_names_what_is_no_weight(published):
     weights = read_weights(published["deit"])
     assert weights.not_weights == ["optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"]
     assert weights.tensors.keys() == vector_weights("deit").keys()
+
+
+def test_two_weights_of_one_name(tmp_path, out):
+    weights = vector_weights("simmim")
+    path = save({"model": weights | {"encoder.cls_token": weights["cls_token"]}}, tmp_path / "two.pth")
+    assert "must hold each weight once" in refuse("import-checkpoint", path, out)
+
+
+def test_a_full_disk(tmp_path, out, monkeypatch):
+    def save_nothing(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pss_composer.checkpoints.convert.save_file", save_nothing)
+    path = save({"model": vector_weights("simmim")}, tmp_path / "file.pth")
+    message = refuse("import-checkpoint", path, out)
+    assert "out must be a file that can be written" in message and "No space left" in message
+    assert list(out.parent.iterdir()) == []

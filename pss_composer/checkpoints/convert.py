@@ -8,12 +8,16 @@ import tempfile
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pss_composer.checkpoints.layouts import find_architecture, read_weights
 from pss_composer.checkpoints.transfer import fit_weights
 from pss_composer.errors import InputError
+from pss_composer.models.classifier import SIZES
 
+USUAL_NUM_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values()} | {1024: 16}  # and ViT-L's
 LATEST = "latest-rank0.pt"  # Composer's link to a run's last checkpoint, a file or a folder of shards
 
 
@@ -23,13 +27,15 @@ def import_checkpoint(
     """Write the weights of a checkpoint as safetensors by timm's names.
 
     The file loads with `strict=True` into the timm class that its metadata name, under `timm`, as JSON of the class and
-    its arguments; `num_heads` is null where the weights do not show it. After SimMIM pre-training this is the encoder,
-    with its shared relative position bias.
+    its arguments. After SimMIM pre-training this is the encoder, with its shared relative position bias.
+
+    Weights without relative position biases do not show the number of heads: a run's recipe tells it, and for files of
+    others it is that of DeiT and timm for this width; null where neither knows.
 
     Args:
         source: A file in a layout that `read_weights` knows, or a folder of shards.
         out: A new file with the suffix `.safetensors`; it is there whole or not at all.
-        ema: Take the moving averages of the weights.
+        ema: Take the moving averages of the weights, else the weights in training.
         image_size: Height and width in pixels to interpolate position embeddings and bias tables for; None leaves them.
 
     Returns:
@@ -49,11 +55,14 @@ def import_checkpoint(
         architecture.arguments["img_size"] = image_size
     vit = architecture.build_empty()
     transfer = fit_weights(weights, vit.state_dict(), vit, source)
-    # where weights do not show the number of heads, null: timm's default would load and compute something else
-    arguments = {"num_heads": None, **architecture.arguments}
-    description = {"class": architecture.vit_class.__name__, "arguments": arguments}
-    _write(out, transfer.tensors, {"format": "pt", "timm": json.dumps(description)})
     lines = [f"{source}: {weights.layout}", str(transfer)]
+    if "num_heads" not in architecture.arguments:
+        num_heads, origin = _find_num_heads(source, weights.is_composer, architecture.arguments["embed_dim"])
+        # without any, null: timm's default would load and compute something else
+        architecture.arguments["num_heads"] = num_heads
+        lines.append(f"num_heads, which the weights do not show: {num_heads} ({origin})")
+    description = {"class": architecture.vit_class.__name__, "arguments": architecture.arguments}
+    _write(out, transfer.tensors, {"format": "pt", "timm": json.dumps(description)})
     if weights.not_weights:
         lines.append(f"not weights, left out: {', '.join(weights.not_weights)}")
     return "\n".join([*lines, f"{out}: {len(transfer.tensors)} weights of timm's {architecture}"])
@@ -67,8 +76,8 @@ def export_checkpoint(
     Args:
         run: The `save_folder` of a run, or a checkpoint in it, a file or a folder of shards.
         out: See `import_checkpoint`, likewise the rest.
-        ema: Take the moving averages of the weights.
-        image_size: Height and width in pixels to interpolate for.
+        ema: See there.
+        image_size: See there.
 
     Raises:
         InputError: No run there, or what `import_checkpoint` raises.
@@ -79,6 +88,17 @@ def export_checkpoint(
         raise InputError(f"run must be the save_folder of a trained recipe or a checkpoint, no {LATEST} in {run}")
     source = run / LATEST if run.is_dir() and not is_shards else run
     return import_checkpoint(source, out, ema=ema, image_size=image_size)
+
+
+def _find_num_heads(source: Path, is_composer: bool, embed_dim: int) -> tuple[int | None, str]:
+    """The number of heads where weights do not show it, and who says so."""
+    recipe = source.parent / "recipe.yaml"
+    if is_composer and recipe.is_file():
+        model = OmegaConf.load(recipe).model
+        return model.num_heads or SIZES[model.size]["num_heads"], str(recipe)
+    if not is_composer and embed_dim in USUAL_NUM_HEADS:
+        return USUAL_NUM_HEADS[embed_dim], "DeiT's and timm's for this width"
+    return None, "not known: set it when you build the model"
 
 
 def _check_out(out: Path) -> None:
@@ -96,7 +116,10 @@ def _write(out: Path, tensors: dict, metadata: dict[str, str]) -> None:
         start = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone(memory_format=torch.contiguous_format) if start in memory else tensor.contiguous()
         memory.add(start)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as workspace:
-        written = Path(workspace) / out.name
-        save_file(apart, written, metadata)
-        os.replace(written, out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as workspace:
+            written = Path(workspace) / out.name
+            save_file(apart, written, metadata)
+            os.replace(written, out)
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        raise InputError(f"out must be a file that can be written, {out} cannot: {error}") from error

@@ -46,7 +46,7 @@ class Weights:
     dropped: list[str] = field(default_factory=list)
 
 
-def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
+def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     """The weights of a ViT in any layout that this project knows.
 
     Known are SimMIM's and PSS's pre-training and fine-tuning files, DeiT's, timm's, and Composer checkpoints of this
@@ -54,8 +54,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
 
     Args:
         path: A file, or a folder of shards.
-        ema: Take the moving averages of the weights instead of the weights. Composer's EMA, once started, saves them as
-            the model's: then they are what comes out either way.
+        ema: Take the moving averages of the weights (True), or the weights in training (False). None takes what the
+            file has as the model's: in Composer's, under its EMA, that is the averages, which it also evaluates.
 
     Raises:
         InputError: No such file, a broken one, one that asks for more than weights, or none of these layouts.
@@ -66,7 +66,10 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     is_pretraining = any(name.startswith("encoder.") for name in tensors)
     dropped = [name for name in tensors if name.endswith("relative_position_index")]
-    tensors = {timm_name(name): tensor for name, tensor in tensors.items() if name not in dropped}
+    named = [(timm_name(name), tensor) for name, tensor in tensors.items() if name not in dropped]
+    tensors = dict(named)
+    if len(tensors) < len(named):
+        raise InputError(f"checkpoint must hold each weight once, {path} has two by the same name")
     if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
     kind = "SimMIM pre-training" if is_pretraining else "ViT"
@@ -80,21 +83,21 @@ def timm_name(name: str) -> str:
     return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
 
 
-def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool) -> tuple[dict[str, Tensor], str]:
+def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool | None) -> tuple[dict[str, Tensor], str]:
     """The state dict in the contents of a file, and the file's container in words."""
     if isinstance(contents.get("state"), dict) and "model" in contents["state"]:
         container, tensors = "a Composer checkpoint", contents["state"]["model"]
-        averages = _find_composer_averages(contents["state"])
+        trained, averages = _find_composer_averages(contents["state"])
     else:
         key = next((key for key in ("model", "state_dict") if isinstance(contents.get(key), dict)), None)
         container = BARE if key is None else f"under {key!r}"
-        tensors = contents if key is None else contents[key]
+        tensors = trained = contents if key is None else contents[key]
         averages = contents.get("model_ema" if key == "model" else "state_dict_ema")
-    if ema:
-        if not isinstance(averages, dict):
-            raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
-        tensors = averages
-    if tensors is averages:  # Composer's model, too, where there are any
+    if ema and not isinstance(averages, dict):
+        raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
+    if ema is not None:
+        tensors = averages if ema else trained
+    if tensors is averages:
         container = f"{container}, its moving averages"
     if not _is_state_dict(tensors):
         raise InputError("checkpoint must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
@@ -109,17 +112,17 @@ def _is_state_dict(tensors: Any) -> bool:
     )
 
 
-def _find_composer_averages(state: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The averages of the EMA; under it, Composer saves them as the model, and the weights in training in their place.
+def _find_composer_averages(state: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The weights in training, and the averages of the EMA or None.
+
+    While the EMA is at work, Composer saves the averages as the model, and the weights in training in their place.
     """
     algorithms = state.get("algorithms")
     for entry in algorithms if isinstance(algorithms, list) else []:
         match entry:
-            case _, {"ema_started": True, "ema_weights_active": True}:
-                return state["model"]
-            case _, {"ema_started": True, "ema_model": {"named_parameters_dict": averages}}:
-                return averages
-    return None
+            case _, {"ema_started": True, "ema_weights_active": swapped, "ema_model": {"named_parameters_dict": kept}}:
+                return (kept, state["model"]) if swapped else (state["model"], kept)
+    return state["model"], None
 
 
 @dataclass
@@ -138,8 +141,8 @@ class Architecture:
             return self.vit_class(**{"num_heads": 1, **self.arguments, **changes})
 
     def __str__(self) -> str:
-        arguments = {"num_heads": "?", **self.arguments}
-        return f"{self.vit_class.__name__}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.vit_class.__name__}({arguments})"
 
 
 def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Architecture:
