@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,9 @@ def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[flo
     """
     if run.recipe.masking is not None:
         raise InputError(f"run must be of a classifier, {run.folder} is of pre-training: see the command reconstruct")
-    return evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
+    metrics = evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
+    gc.collect()  # the loader's workers must be gone before the next loader forks its own
+    return metrics
 
 
 def count_flops(model: nn.Module, images: Tensor) -> int:
