@@ -27,9 +27,9 @@ demo: $(READY)
 	@echo "== 3/3 Evaluating both at every keep rate, drawing the pictures into demo/"
 	$(BIN)/python -m pss_composer report runs/digits runs/digits_pss --out demo
 
-# Fashion-MNIST has 42 times the digits' images: few epochs make as many batches
+# Fashion-MNIST has 42 times as many images: few epochs make as many batches, and a cycle is to be as many of them
 PRETRAIN_DATA := $(if $(IDX),data.name=idx data.path=$(IDX) max_duration=3ep)
-FINETUNE_DATA := $(if $(IDX),data.name=idx data.path=$(IDX) max_duration=1ep)
+FINETUNE_DATA := $(if $(IDX),data.name=idx data.path=$(IDX) max_duration=1ep pss.schedule.period=0.05dur)
 PRETRAINED := $(if $(IDX),idx_pretrain,digits_pretrain)
 
 demo-pretrain: $(READY)
