@@ -37,7 +37,7 @@ demo-pretrain: $(READY)
 	$(BIN)/composer train.py yamls/digits_pretrain.yaml run_name=$(PRETRAINED) save_overwrite=true $(PRETRAIN_DATA)
 	@echo "== 2/5 Fine-tuning under PSS by digits_finetune_pss.yaml, from pre-training"
 	$(BIN)/composer train.py yamls/digits_finetune_pss.yaml run_name=from_pretraining save_overwrite=true $(FINETUNE_DATA) \
-		model.pretrained=runs/$(PRETRAINED)/latest-rank0.pt
+		model.pretrained=runs/$(PRETRAINED)
 	@echo "== 3/5 The same from scratch"
 	$(BIN)/composer train.py yamls/digits_finetune_pss.yaml run_name=from_scratch save_overwrite=true $(FINETUNE_DATA)
 	@echo "== 4/5 Evaluating both at every keep rate, drawing pictures into demo-pretrain/"

@@ -346,6 +346,7 @@ def test_export_of_a_run_under_ema(run, out, capsys, source):
     ema = next(ema for name, ema in state["algorithms"] if name == "EMA")
     trained = ema["ema_model"]["named_parameters_dict"]
     assert_same(load_file(out), {name.removeprefix("module."): weight for name, weight in trained.items()})
+    assert_same(read_weights(run).tensors, weights)  # of the last checkpoint
     # a model starts from what Composer saved, and evaluates
     assert_same(read_weights(run / LATEST).tensors, weights)
 
@@ -748,7 +749,7 @@ def truncate(path):
     (lambda copy: truncate(copy / ".metadata"), "must be a whole folder of shards"),
     (lambda copy: truncate(copy / "__0_0.distcp"), "must be a whole folder of shards"),
     (lambda copy: (copy / "__1_0.distcp").unlink(), "must be a whole folder of shards, .*__1_0.distcp"),
-    (lambda copy: (copy / ".metadata").unlink(), "must be a file or a folder of shards with a .metadata"),
+    (lambda copy: (copy / ".metadata").unlink(), "must be a file, a folder of shards with a .metadata"),
     (lambda copy: (copy / ".metadata").write_bytes(b""), "must be a whole folder of shards"),
     (lambda copy: (copy / ".metadata").write_bytes(pickle.dumps({})), "must be a whole folder of shards"),
 ])
@@ -875,7 +876,7 @@ def test_broken_files(tmp_path, out, name, recwarn):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{folder}/missing.pth", "{out}"], "checkpoint must be a file, no such file"),
     (["/proc/self/mem", "{out}"], "checkpoint must be a file that can be read, .* cannot: Input/output error"),
-    (["{folder}", "{out}"], "checkpoint must be a file or a folder of shards"),
+    (["{folder}", "{out}"], "checkpoint must be a file, a folder of shards"),
     (["{file}", "{folder}/there.safetensors"], "out must be a new file, .* is there already"),
     (["{file}", "{out}.bin"], "out must be a file with the suffix .safetensors"),
     (["{file}", "{folder}/none/vit.safetensors"], "out must be in a folder that can be written"),

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pss_composer.checkpoints.layouts import find_architecture, read_weights
+from pss_composer.checkpoints.reading import LATEST
 from pss_composer.checkpoints.transfer import fit_weights
 from pss_composer.errors import InputError
 from pss_composer.models.classifier import SIZES
 
 USUAL_NUM_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values()} | {1024: 16}  # and ViT-L's
-LATEST = "latest-rank0.pt"  # Composer's link to a run's last checkpoint, a file or a folder of shards
 
 
 def import_checkpoint(

@@ -53,7 +53,7 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     project, also a folder of shards.
 
     Args:
-        path: A file, or a folder of shards.
+        path: A file, a folder of shards, or the folder of a run.
         ema: Take the moving averages of the weights (True), or the weights in training (False). None takes what the
             file has as the model's: in Composer's, under its EMA, that is the averages, which it also evaluates.
 

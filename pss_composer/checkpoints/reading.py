@@ -35,6 +35,7 @@ SHARD_CLASSES = {
     "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size",
     "pathlib.PosixPath", "pathlib._local.PosixPath",
 }
+LATEST = "latest-rank0.pt"  # Composer's link to a run's last checkpoint, a file or a folder of shards
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before version 1.6
 GLOBAL_NAME = re.compile(r"(?:GLOBAL |^Weights only load failed. ``)([\w.]+)")  # the latter for DTensor and its like
 
@@ -45,7 +46,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     Only tensors, containers, numbers and text come out of it; nothing in it is executed.
 
     Args:
-        path: A file, or a folder with a `.metadata` file.
+        path: A file, a folder of shards with its `.metadata`, or the folder of a run: its last checkpoint then.
 
     Returns:
         The dictionary of the file, its tensors in memory that is mapped from it where the format allows. Of a folder of
@@ -56,6 +57,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if (path / LATEST).exists():
+            path = path / LATEST
         if path.is_dir():
             return _read_shards(path)
         if not path.is_file():
@@ -145,7 +148,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_shards(folder: Path) -> dict[str, Any]:
     """The model and the algorithms (the EMA's averages) of a folder that Composer wrote with sharded state."""
     if not (folder / ".metadata").is_file():
-        raise InputError(f"checkpoint must be a file or a folder of shards with a .metadata, got {folder}")
+        raise InputError("checkpoint must be a file, a folder of shards with a .metadata or a run with a "
+                         f"{LATEST}, got {folder}")
     try:
         reader, planner = _ShardReader(folder), _ShardPlanner()
         entries = reader.read_metadata().state_dict_metadata

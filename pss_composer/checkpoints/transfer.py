@@ -61,7 +61,7 @@ def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
 
     Args:
         model: One of `models`; nothing of it changes on an error.
-        path: A file, or a folder of shards.
+        path: A file, a folder of shards, or the folder of a run.
 
     Returns:
         The account of every weight.
@@ -80,7 +80,7 @@ def load_checkpoint(model: ComposerModel, path: str | Path) -> None:
 
     Args:
         model: One of `models`; nothing of it changes on an error.
-        path: A file, or a folder of shards.
+        path: A file, a folder of shards, or the folder of a run.
 
     Raises:
         InputError: What `read_weights` raises, a file that is none of Composer's, or one of another model.
