@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _reconstruct(options: argparse.Namespace) -> None:
     if options.out.suffix != ".png":
         raise InputError(f"--out must be a file with the suffix .png, got {options.out}")
+    if not options.out.parent.is_dir() and options.out.parent.exists():
+        raise InputError(f"--out must be in a folder, got {options.out}")
     run = load_run(options.run)
+    if run.recipe.masking is None:
+        raise InputError(f"run must be of pre-training (model.name=simmim_pretrain), {run.folder} is of a classifier")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plot_reconstruction(run, options.out)
     print(f"picture: {options.out}")
@@ -60,6 +64,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         if not 0 < keep_rate <= 1:
             raise InputError(f"--keep-rates must be in (0, 1], got {keep_rate}")
     runs = [load_run(folder) for folder in options.runs]
+    for run in runs:
+        if run.recipe.masking is not None:
+            raise InputError(f"run must be of a classifier, {run.folder} is of pre-training: see reconstruct")
     if options.command == "report" and not any(run.recipe.pss for run in runs):
         raise InputError("runs must have one under PSS for the picture of its schedule, got none")
     print(format_table(runs, options.keep_rates))

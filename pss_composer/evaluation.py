@@ -89,13 +89,7 @@ def evaluate(
 
 
 def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
-    """`evaluate` on the evaluation data of a run's recipe.
-
-    Raises:
-        InputError: A run of pre-training, which has no classes.
-    """
-    if run.recipe.masking is not None:
-        raise InputError(f"run must be of a classifier, {run.folder} is of pre-training: see the command reconstruct")
+    """`evaluate` on the evaluation data of a classifier's recipe."""
     metrics = evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
     gc.collect()  # the loader's workers must be gone before the next loader forks its own
     return metrics

@@ -42,8 +42,8 @@ class PatchMasking(Algorithm):
 
     Runs on `Event.BATCH_START`, and on the same event of evaluation and prediction, where it makes a batch of images,
     with or without labels, a pair of images (B, 3, H, W) and mask (B, H / p, W / p) bool. Masks are drawn on the device
-    and depend on seed, batch and rank alone: a resumed run sees the masks that it would have seen,
-    and every evaluation the same ones.
+    and depend on seed, batch and rank: a run that resumes on as many processes of the same kind sees the masks that it
+    would have seen, and every evaluation sees the same ones.
 
     Args:
         unit: Height and width in pixels of the squares that are masked, a multiple of the patch size.

@@ -150,12 +150,7 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
         run: A finished run of pre-training.
         path: The picture to write.
         num_images: Images, one a column: the first ones.
-
-    Raises:
-        InputError: A run of a classifier.
     """
-    if run.recipe.masking is None:
-        raise InputError(f"run must be of pre-training (model.name=simmim_pretrain), {run.folder} is of a classifier")
     plt = _import_pyplot()
     model, recipe = run.model.eval(), run.recipe
     images = next(iter(build_data(recipe, "val").dataloader))[0][:num_images].to(next(model.parameters()).device)

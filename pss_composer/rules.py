@@ -163,6 +163,9 @@ def _check_masking(recipe: Recipe) -> None:
     for key, unset in {"mixing": None, "label_smoothing": 0.0, "optimizer.layer_decay": None}.items():
         if _get(recipe, key) != unset:
             raise InputError(f"{key} must be {'null' if unset is None else unset} for model.name=simmim_pretrain")
+    if recipe.augmentation.random_erasing and not recipe.augmentation.is_plain:
+        raise InputError("augmentation.random_erasing must be 0 for model.name=simmim_pretrain, which would learn to "
+                         f"paint its noise, got {recipe.augmentation.random_erasing}")
     with name_argument("masking"):
         PatchMasking(recipe.masking.unit, recipe.masking.ratio)
         if recipe.model.patch_size > 0:  # else the model tells

@@ -165,7 +165,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         loggers=loggers,
         run_name=recipe.run_name,
         progress_bar=recipe.progress_bar,
-        load_path=recipe.load_path,
+        load_path=_find_load_path(recipe.load_path),
         load_weights_only=recipe.load_weights_only,
         save_folder=recipe.save_folder,
         save_interval=recipe.save_interval,
@@ -241,12 +241,22 @@ def _load_weights(model: ComposerModel, recipe: Recipe) -> None:
             load_checkpoint(model, recipe.load_path)
 
 
+def _find_load_path(path: str | None) -> str | None:
+    """A run's folder stands for its last checkpoint."""
+    return str(Path(path) / LATEST) if path is not None and (Path(path) / LATEST).exists() else path
+
+
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
     """Warm-up and cooldown must fit into training."""
     lengths = {"batches_per_epoch": len(train_data.dataloader), "samples_per_batch": recipe.train_batch_size}
     total_batches = count_batches(recipe.max_duration, **lengths)
     if count_batches(recipe.scheduler.warmup, **lengths, total_batches=total_batches) > total_batches:
         raise InputError(f"scheduler.warmup must be no longer than max_duration={recipe.max_duration}, "
+                         f"got {recipe.scheduler.warmup!r}")
+    if recipe.scheduler.warmup.endswith("dur") and 0 < count_batches(
+        recipe.scheduler.warmup, **lengths, total_batches=total_batches
+    ) < 1:
+        raise InputError(f"scheduler.warmup must be at least a batch with max_duration={recipe.max_duration}, or 0ep, "
                          f"got {recipe.scheduler.warmup!r}")
     if recipe.pss is not None:
         with name_argument("pss.schedule"):

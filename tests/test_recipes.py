@@ -265,7 +265,7 @@ def last_weights(folder):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 PRETRAIN = ["model.name=simmim_pretrain", "pss.sampler=random", "mixing=null", "label_smoothing=0",
-            "optimizer.layer_decay=null"]
+            "optimizer.layer_decay=null", "augmentation.random_erasing=0"]
 BAD_INPUT = {
     "unknown_key": (["optimzer.lr=1"], "optimzer is not a key of a recipe; did you mean optimizer?"),
     "unknown_inner_key": (["optimizer.learning=1"], "optimizer.learning is not a key of a recipe"),
@@ -304,6 +304,9 @@ BAD_INPUT = {
                               "mixing must be null for model.name=simmim_pretrain"),
     "mask_unit": ([*PRETRAIN, "masking.unit=6"], "masking.unit must be a multiple of the patch size 4 and divide the "
                   "image size 32 x 32, got 6"),
+    "random_erasing": ([*PRETRAIN, "masking.unit=8", "augmentation.random_erasing=0.25"],
+                       "augmentation.random_erasing must be 0 for model.name=simmim_pretrain"),
+    "short_warmup": (["scheduler.warmup=0.1dur"], "scheduler.warmup must be at least a batch with max_duration=2ba"),
     "mask_ratio": ([*PRETRAIN, "masking.ratio=0"], "masking.ratio must be in (0, 1], got 0"),
     "magnitude_in_pretraining": ([*PRETRAIN, "masking.unit=8", "pss.sampler=magnitude"],
                                  "pss.sampler must be one of random, stratified for "
@@ -404,6 +407,7 @@ def test_a_checkpoint_at_the_end_of_its_run_must_be_loaded_for_its_weights(tmp_p
     load = f"load_path={tmp_path / 'first' / 'latest-rank0.pt'}"
     with pytest.raises(SystemExit, match="load_path must be of a run before max_duration=2ba, .* is at its end: set"):
         main(smoke("deit_small_224_pss", tmp_path / "second", load))
+    load = f"load_path={tmp_path / 'first'}"  # its last checkpoint
     main(smoke("deit_small_224_pss", tmp_path / "third", load, "load_weights_only=true"))
     assert len(read_log(tmp_path / "third")) > 2
 

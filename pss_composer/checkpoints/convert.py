@@ -92,7 +92,8 @@ def export_checkpoint(
 
 def _find_num_heads(source: Path, is_composer: bool, embed_dim: int) -> tuple[int | None, str]:
     """The number of heads where weights do not show it, and who says so."""
-    recipe = source.parent / "recipe.yaml"
+    folder = source if (source / LATEST).exists() else source.parent
+    recipe = folder / "recipe.yaml"
     if is_composer and recipe.is_file():
         model = OmegaConf.load(recipe).model
         return model.num_heads or SIZES[model.size]["num_heads"], str(recipe)
