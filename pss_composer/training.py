@@ -21,7 +21,7 @@ from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
 from omegaconf import OmegaConf
 
 from pss_composer.algorithm import PatchSamplingSchedule
-from pss_composer.checkpoints import LATEST, load_checkpoint, load_pretrained
+from pss_composer.checkpoints import LATEST, find_latest, load_checkpoint, load_pretrained
 from pss_composer.data import build_dataspec, restore_generators
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError, exit_on_input_error, name_argument
@@ -152,6 +152,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     loggers = [JSONLinesLogger(Path(recipe.save_folder) / LOG_FILE)]
     if recipe.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(Path(recipe.save_folder) / "tensorboard")))
+    is_local = recipe.load_path is not None and "://" not in recipe.load_path
     return Trainer(
         model=model,
         train_dataloader=train_data,
@@ -165,7 +166,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         loggers=loggers,
         run_name=recipe.run_name,
         progress_bar=recipe.progress_bar,
-        load_path=_find_load_path(recipe.load_path),
+        # a run's folder stands for its last checkpoint; of a remote path Path would make another
+        load_path=str(find_latest(recipe.load_path)) if is_local else recipe.load_path,
         load_weights_only=recipe.load_weights_only,
         save_folder=recipe.save_folder,
         save_interval=recipe.save_interval,
@@ -239,11 +241,6 @@ def _load_weights(model: ComposerModel, recipe: Recipe) -> None:
     if recipe.load_path is not None and "://" not in recipe.load_path:
         with _name_checkpoint("load_path"):
             load_checkpoint(model, recipe.load_path)
-
-
-def _find_load_path(path: str | None) -> str | None:
-    """A run's folder stands for its last checkpoint."""
-    return str(Path(path) / LATEST) if path is not None and (Path(path) / LATEST).exists() else path
 
 
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:

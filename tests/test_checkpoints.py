@@ -381,6 +381,37 @@ def test_number_of_heads_of_a_run_is_its_recipes(tmp_path, out, capsys, settings
     assert f"num_heads, which the weights do not show: {expected} (" in capsys.readouterr().out
 
 
+def test_number_of_heads_stays_in_an_export_and_must_be_the_models(tmp_path, out):
+    shape = dict(image_size=16, patch_size=4, num_classes=7, depth=1)
+    path = save({"state": {"model": DeiT("tiny", **shape, num_heads=4).state_dict()}}, tmp_path / "ep1-ba1-rank0.pt")
+    (tmp_path / "recipe.yaml").write_text("model: {size: tiny, num_heads: 4}")
+    main(["export-checkpoint", str(path), str(out)])
+    again = out.with_name("again.safetensors")
+    main(["import-checkpoint", str(out), str(again)])
+    with safe_open(again, framework="pt") as file:
+        assert json.loads(file.metadata()["timm"])["arguments"]["num_heads"] == 4
+    for source in (path, out):
+        load_pretrained(DeiT("tiny", **shape, num_heads=4), source)
+        with pytest.raises(InputError, match="has 4 heads, the model 3"):
+            load_pretrained(DeiT("tiny", **shape), source)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"timm": "{"}, {"timm": "{}"}, {"timm": "[1]"}])
+def test_metadata_that_do_not_tell_the_number_of_heads(tmp_path, metadata):
+    save_file(timm_vit_weights(), tmp_path / "vit.safetensors", metadata)
+    assert read_weights(tmp_path / "vit.safetensors").num_heads is None
+
+
+@pytest.mark.parametrize("recipe", ["{}", "model: null", "model: {size: huge}", "a: [1"])
+def test_a_recipe_that_does_not_tell_the_number_of_heads(tmp_path, out, recipe):
+    model = DeiT("tiny", image_size=16, patch_size=4, num_classes=7, depth=1)
+    path = save({"state": {"model": model.state_dict()}}, tmp_path / "ep1-ba1-rank0.pt")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    main(["export-checkpoint", str(path), str(out)])
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["timm"])["arguments"]["num_heads"] is None
+
+
 @pytest.mark.parametrize(("embed_dim", "expected"), [(192, 3), (384, 6), (200, None)])
 def test_number_of_heads_of_a_published_vit_is_that_of_its_width(tmp_path, out, embed_dim, expected):
     vit = VisionTransformer(img_size=16, patch_size=4, num_classes=7, embed_dim=embed_dim, depth=1, num_heads=4)

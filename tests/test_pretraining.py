@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from composer import Callback, Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Event, Timestamp
 from safetensors import safe_open
 from timm.models.beit import Beit
 from torch.nn.functional import conv2d, pixel_shuffle
@@ -350,6 +351,23 @@ def test_masks_follow_seed_and_batch_alone(tmp_path):
         assert torch.equal(mask, torch.cat(again.masks[batch]))  # in microbatches
         assert not torch.equal(mask, torch.cat(other_seed.masks[batch]))
     assert not torch.equal(masks[0], masks[1])
+
+
+def test_another_rank_has_other_masks(tmp_path, monkeypatch):
+    _, watch = pretrain(tmp_path, duration="1ba")
+    monkeypatch.setattr("pss_composer.masking.dist.get_global_rank", lambda: 1)
+    masking, state = PatchMasking(unit=16), SimpleNamespace(
+        model=SimMIM(build_encoder("tiny", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4)),
+        batch=torch.zeros(4, 3, 32, 32), rank_zero_seed=3, timestamp=Timestamp(), eval_timestamp=None,
+        predict_timestamp=None)
+    masking.apply(Event.INIT, state, None)
+    masking.apply(Event.BATCH_START, state, None)
+    first = watch.masks[0][0]
+    assert state.batch[1].shape == first.shape and not torch.equal(state.batch[1], first)
+    monkeypatch.undo()
+    state.batch = torch.zeros(4, 3, 32, 32)
+    masking.apply(Event.BATCH_START, state, None)
+    assert torch.equal(state.batch[1], first)
 
 
 def test_every_evaluation_sees_the_same_masks(tmp_path):

@@ -2,7 +2,10 @@
 
 from pss_composer.checkpoints.convert import export_checkpoint, import_checkpoint
 from pss_composer.checkpoints.layouts import read_weights
-from pss_composer.checkpoints.reading import LATEST
+from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
 
-__all__ = ["LATEST", "export_checkpoint", "import_checkpoint", "load_checkpoint", "load_pretrained", "read_weights"]
+__all__ = [
+    "LATEST", "export_checkpoint", "find_latest", "import_checkpoint", "load_checkpoint", "load_pretrained",
+    "read_weights",
+]

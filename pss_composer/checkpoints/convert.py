@@ -8,12 +8,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pss_composer.checkpoints.layouts import find_architecture, read_weights
-from pss_composer.checkpoints.reading import LATEST
+from pss_composer.checkpoints.layouts import Weights, find_architecture, read_weights
+from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import fit_weights
 from pss_composer.errors import InputError
 from pss_composer.models.classifier import SIZES
@@ -53,11 +52,11 @@ def import_checkpoint(
         if image_size < patch_size or image_size % patch_size:
             raise InputError(f"--image-size must be a multiple of the patch size {patch_size}, got {image_size}")
         architecture.arguments["img_size"] = image_size
-    vit = architecture.build_empty()
+    vit = architecture.build_empty(**({"num_heads": weights.num_heads} if weights.num_heads else {}))
     transfer = fit_weights(weights, vit.state_dict(), vit, source)
     lines = [f"{source}: {weights.layout}", str(transfer)]
     if "num_heads" not in architecture.arguments:
-        num_heads, origin = _find_num_heads(source, weights.is_composer, architecture.arguments["embed_dim"])
+        num_heads, origin = _choose_num_heads(weights, architecture.arguments["embed_dim"])
         # without any, null: timm's default would load and compute something else
         architecture.arguments["num_heads"] = num_heads
         lines.append(f"num_heads, which the weights do not show: {num_heads} ({origin})")
@@ -82,22 +81,17 @@ def export_checkpoint(
     Raises:
         InputError: No run there, or what `import_checkpoint` raises.
     """
-    run = Path(run)
-    is_shards = (run / ".metadata").is_file()
-    if run.is_dir() and not is_shards and not (run / LATEST).exists():
+    source = find_latest(run)
+    if source.is_dir() and not (source / ".metadata").is_file():
         raise InputError(f"run must be the save_folder of a trained recipe or a checkpoint, no {LATEST} in {run}")
-    source = run / LATEST if run.is_dir() and not is_shards else run
     return import_checkpoint(source, out, ema=ema, image_size=image_size)
 
 
-def _find_num_heads(source: Path, is_composer: bool, embed_dim: int) -> tuple[int | None, str]:
+def _choose_num_heads(weights: Weights, embed_dim: int) -> tuple[int | None, str]:
     """The number of heads where weights do not show it, and who says so."""
-    folder = source if (source / LATEST).exists() else source.parent
-    recipe = folder / "recipe.yaml"
-    if is_composer and recipe.is_file():
-        model = OmegaConf.load(recipe).model
-        return model.num_heads or SIZES[model.size]["num_heads"], str(recipe)
-    if not is_composer and embed_dim in USUAL_NUM_HEADS:
+    if weights.num_heads is not None:
+        return weights.num_heads, "the run's recipe, or the metadata of its export"
+    if not weights.is_composer and embed_dim in USUAL_NUM_HEADS:
         return USUAL_NUM_HEADS[embed_dim], "DeiT's and timm's for this width"
     return None, "not known: set it when you build the model"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import safe_open
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from yaml import YAMLError
 
-from pss_composer.checkpoints.reading import read_file
+from pss_composer.checkpoints.reading import find_latest, read_file
 from pss_composer.errors import InputError
+from pss_composer.models.classifier import SIZES
 
 CONTAINERS = ("model", "state_dict", "state")
 BARE = "a bare state dict"
@@ -37,6 +43,7 @@ class Weights:
         is_composer: Whether this is a Composer checkpoint.
         not_weights: What else the file holds, by name.
         dropped: Weights of the file that nothing needs: position indices are computed.
+        num_heads: Heads of the ViT, where the recipe of the run or the metadata of an export of this project tell.
     """
 
     tensors: dict[str, Tensor]
@@ -44,6 +51,7 @@ class Weights:
     is_composer: bool = False
     not_weights: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    num_heads: int | None = None
 
 
 def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
@@ -74,7 +82,20 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
     kind = "SimMIM pre-training" if is_pretraining else "ViT"
     not_weights = [] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS]
-    return Weights(tensors, f"{kind}, {container}", "state" in contents, not_weights, dropped)
+    is_composer, num_heads = "state" in contents, _find_num_heads(find_latest(path))
+    return Weights(tensors, f"{kind}, {container}", is_composer, not_weights, dropped, num_heads)
+
+
+def _find_num_heads(path: Path) -> int | None:
+    """What the run's recipe beside a checkpoint says, or the metadata that `import_checkpoint` writes."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return json.loads(file.metadata()["timm"])["arguments"]["num_heads"]
+        recipe = OmegaConf.load(path.parent / "recipe.yaml")
+        return OmegaConf.select(recipe, "model.num_heads") or SIZES[OmegaConf.select(recipe, "model.size")]["num_heads"]
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError):
+        return None  # neither is there, or it is another's
 
 
 def timm_name(name: str) -> str:

@@ -57,8 +57,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if (path / LATEST).exists():
-            path = path / LATEST
+        path = find_latest(path)
         if path.is_dir():
             return _read_shards(path)
         if not path.is_file():
@@ -78,6 +77,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise InputError(f"checkpoint must hold a dictionary, {path} holds a {type(contents).__name__}")
     return contents
+
+
+def find_latest(path: str | Path) -> Path:
+    """The last checkpoint of a run's folder; any other path itself."""
+    latest = Path(path) / LATEST
+    return latest if latest.exists() else Path(path)
 
 
 def _is_stored(path: Path) -> bool:

@@ -117,11 +117,15 @@ def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module,
     Raises:
         InputError: The model lacks a weight, or the weights a place; heads are left out of this.
     """
-    sources, is_copied = dict(weights.tensors), {}
+    num_heads = vit.blocks[0].attn.num_heads
+    if weights.num_heads not in (None, num_heads):
+        raise InputError(f"checkpoint must be of the model's architecture, {path} has {weights.num_heads} heads, the "
+                         f"model {num_heads}")
+    sources, copied = dict(weights.tensors), set()
     if SHARED_TABLE in sources and SHARED_TABLE not in targets:
         shared = sources.pop(SHARED_TABLE)
-        is_copied = {name: True for name in targets if name.endswith(TABLE)}
-        sources |= {name: shared for name in is_copied}
+        copied = {name for name in targets if name.endswith(TABLE)}
+        sources |= dict.fromkeys(copied, shared)
     transfer = Transfer(dropped=list(weights.dropped))
     for name, target in targets.items():
         source = sources.pop(name, None)
@@ -135,7 +139,7 @@ def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module,
             continue
         if source.shape == target.shape:
             transfer.tensors[name] = source
-            (transfer.copied if name in is_copied else transfer.loaded).append(name)
+            (transfer.copied if name in copied else transfer.loaded).append(name)
         else:
             transfer.tensors[name] = _resize(name, source, target, vit, path)
             transfer.interpolated.append(f"{name} {tuple(source.shape)} -> {tuple(target.shape)}")
