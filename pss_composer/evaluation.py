@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pss_composer.checkpoints import LATEST, load_checkpoint
 from pss_composer.errors import InputError
+from pss_composer.run_folder import RECIPE_FILE
 from pss_composer.sampling import PatchSampler
 from pss_composer.settings import Recipe
 from pss_composer.surgery import apply_patch_sampling
-from pss_composer.training import RECIPE_FILE, build_data, build_model, build_sampler
+from pss_composer.training import build_data, build_model, build_sampler
 
 KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
 

@@ -13,6 +13,7 @@ from pss_composer.data.augment import Augmentation
 from pss_composer.errors import InputError
 from pss_composer.evaluation import KEEP_RATES, Run, evaluate_run, flop_shares
 from pss_composer.masking import draw_masks
+from pss_composer.run_folder import LOG_FILE
 from pss_composer.training import build_data
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -22,9 +23,9 @@ COLORS = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#b08900")
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl` in order of batches; of a batch trained twice, the later line."""
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / LOG_FILE
     if not path.is_file():
-        raise InputError(f"run must be the save_folder of a trained recipe, no metrics.jsonl in {folder}")
+        raise InputError(f"run must be the save_folder of a trained recipe, no {LOG_FILE} in {folder}")
     by_batch: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         metrics = json.loads(line)

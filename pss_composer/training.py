@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from composer.core import Algorithm, DataSpec
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerModel
 from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
-from omegaconf import OmegaConf
 
 from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.checkpoints import LATEST, find_latest, load_checkpoint, load_pretrained
@@ -34,13 +32,9 @@ from pss_composer.optim import build_optimizer, build_scheduler
 from pss_composer.progress import Progress, count_batches
 from pss_composer.recipes import load_recipe
 from pss_composer.rules import build_schedule
+from pss_composer.run_folder import LOG_FILE, check_save_folder, remove_empty_run, write_recipe
 from pss_composer.sampling import StratifiedSampler
 from pss_composer.settings import ModelSettings, PSSSettings, Recipe
-
-# settings that a resumed run may change: they have no part in what it computes
-FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
-                  "save_num_checkpoints_to_keep", "data.num_workers", "data.path", "load_path", "load_weights_only")
-RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 
 
 def build_model(settings: ModelSettings) -> ComposerModel:
@@ -189,20 +183,20 @@ def train(recipe: Recipe) -> Trainer:
     Raises:
         InputError: What a user can mend; nothing is written then.
     """
-    _check_save_folder(recipe)
+    check_save_folder(recipe)
     trainer = build_trainer(recipe)
     is_at_end = trainer.state.timestamp >= trainer.state.max_duration
     if is_at_end and not recipe.autoresume:
         raise InputError(f"load_path must be of a run before max_duration={recipe.max_duration}, {recipe.load_path} is "
                          "at its end: set load_weights_only=true to start from its weights")
-    _write_recipe(recipe)
+    write_recipe(recipe)
     if not is_at_end:
         restore_generators(trainer)
         try:
             trainer.fit()
         except InputError:
             trainer.close()
-            _remove_empty_run(recipe)
+            remove_empty_run(recipe)
             raise
     trainer.close()
     return trainer
@@ -258,45 +252,3 @@ def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
     if recipe.pss is not None:
         with name_argument("pss.schedule"):
             build_schedule(recipe.pss.schedule)(Progress(0, total_batches, **lengths))
-
-
-def _check_save_folder(recipe: Recipe) -> None:
-    """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten."""
-    folder = Path(recipe.save_folder)
-    first_there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not first_there.is_dir() or not os.access(first_there, os.W_OK):
-        raise InputError(f"save_folder must be a folder that can be written, got {recipe.save_folder!r}")
-    earlier = folder / RECIPE_FILE
-    if recipe.save_overwrite or not earlier.exists():
-        return
-    if not recipe.autoresume:
-        raise InputError(f"save_folder must be free, {folder} holds a run: set autoresume=true to go on with it, "
-                         "save_overwrite=true to replace it, or another run_name")
-    there, here = _flatten(OmegaConf.to_container(OmegaConf.load(earlier))), _flatten(asdict(recipe))
-    for key in {**there, **here}:
-        if there.get(key) != here.get(key) and key not in FREE_ON_RESUME:
-            raise InputError(f"save_folder must be of the same recipe under autoresume, {folder} was trained with "
-                             f"{key}={there.get(key)!r}, got {here.get(key)!r}")
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    if dist.get_global_rank() == 0:
-        folder = Path(recipe.save_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(recipe), folder / RECIPE_FILE)
-
-
-def _remove_empty_run(recipe: Recipe) -> None:
-    """Bad data may show in the first batches only: what a run wrote that has no checkpoint yet goes again."""
-    folder, written = Path(recipe.save_folder), (RECIPE_FILE, LOG_FILE)
-    if dist.get_global_rank() == 0 and all(path.name in written for path in folder.iterdir()):
-        for name in written:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
