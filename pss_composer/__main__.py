@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,15 +37,73 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--ema", action="store_true", help="the moving averages of the weights")
         command.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate to another image size")
     report.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
+    _add_data_commands(commands)
     options = parser.parse_args(arguments)
     with exit_on_input_error(debug=options.debug):
-        if options.command in convert:
+        if options.command == "convert":
+            _convert(options)
+        elif options.command == "check-data":
+            _check_data(options)
+        elif options.command in convert:
             function = import_checkpoint if options.command == "import-checkpoint" else export_checkpoint
             print(function(options.source, options.out, ema=options.ema, image_size=options.image_size))
         elif options.command == "reconstruct":
             _reconstruct(options)
         else:
             _evaluate(options)
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser("convert", help="write an ImageNet-style folder as MDS shards, here or to a remote")
+    convert.add_argument("source", type=Path, metavar="SRC",
+                         help="folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, or one of them, or (with "
+                         "--ground-truth) ILSVRC's validation images themselves")
+    convert.add_argument("out", metavar="OUT",
+                         help="new folder, or s3://, gs://, sftp://user@host/path and the like; if an earlier call was "
+                         "stopped, the same one goes on where it stopped")
+    convert.add_argument("--ground-truth", type=Path, metavar="FILE",
+                         help="classes of a flat folder's images: ILSVRC2012_validation_ground_truth.txt (beside "
+                         "meta.mat), a WordNet id per line, or LOC_val_solution.csv")
+    convert.add_argument("--shortest-side", type=int, metavar="PIXELS",
+                         help="resize larger images (bicubic, encoded again as JPEG); all others, and without this "
+                         "all, keep their bytes")
+    convert.add_argument("--quality", type=int, default=90, help="of the JPEGs that are resized (default: 90)")
+    convert.add_argument("--shard-size", default="64mb", metavar="BYTES",
+                         help="source bytes per shard (default: 64mb)")
+    convert.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    convert.add_argument("--strict", action="store_true",
+                         help="fail on the first image that does not decode; otherwise such are left out and listed")
+    check = commands.add_parser("check-data", help="print what MDS shards hold, and verify them")
+    check.add_argument("path", metavar="PATH", help="a folder or remote with splits, or one split")
+    check.add_argument("--samples-per-shard", type=int, default=8, metavar="N",
+                       help="images to decode, evenly spread (default: 8; 0: none)")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from pss_composer.data.convert import convert_images
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's would end the program without a word
+    try:
+        convert_images(
+            options.source,
+            options.out,
+            ground_truth=options.ground_truth,
+            shortest_side=options.shortest_side,
+            quality=options.quality,
+            shard_size=options.shard_size,
+            num_workers=options.workers,
+            is_strict=options.strict,
+        )
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    from pss_composer.data.check import check_data
+
+    if check_data(options.path, samples_per_shard=options.samples_per_shard) > 0:
+        sys.exit(1)
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

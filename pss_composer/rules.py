@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from composer.core import Time
 
+from pss_composer.data import ON_BAD_SAMPLE, check_streaming
 from pss_composer.errors import InputError, name_argument
 from pss_composer.masking import PatchMasking, check_unit
 from pss_composer.progress import check_time
@@ -37,6 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
         "parallelism": (recipe.parallelism, PARALLELISMS),
         "precision": (recipe.precision, (None, *PRECISIONS)),
         "device": (recipe.device, (None, *DEVICES)),
+        "data.on_bad_sample": (recipe.data.on_bad_sample, ON_BAD_SAMPLE),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
@@ -65,6 +67,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(f"optimizer.weight_decay must be at least 0, got {recipe.optimizer.weight_decay}")
     if len(recipe.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {recipe.optimizer.betas}")
+    check_streaming(recipe.data, name=recipe.data.name)
     _check_times(recipe)
     _check_masking(recipe)
     if recipe.pss is not None:

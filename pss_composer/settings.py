@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pss_composer.data.augment import Augmentation
+from pss_composer.data import Augmentation, StreamingSettings
 
 
 @dataclass
@@ -32,12 +32,13 @@ class ModelSettings:
 
 
 @dataclass
-class DataSettings:
-    """Where the images come from: `digits`, `folder`, `idx`, `streaming` or `synthetic`."""
+class DataSettings(StreamingSettings):
+    """Where the images come from: `digits`, `folder`, `idx`, `streaming` or `synthetic`; and how they are streamed."""
 
     name: str = MISSING
     path: str | None = None
     num_workers: int = 8
+    on_bad_sample: str = "raise"  # or skip
     num_samples: int = 1024  # of `synthetic`, in each split
 
 

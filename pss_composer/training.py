@@ -35,6 +35,7 @@ from pss_composer.rules import build_schedule
 from pss_composer.run_folder import LOG_FILE, check_save_folder, remove_empty_run, write_recipe
 from pss_composer.sampling import StratifiedSampler
 from pss_composer.settings import ModelSettings, PSSSettings, Recipe
+from pss_composer.waiting import DataWaitMonitor
 
 
 def build_model(settings: ModelSettings) -> ComposerModel:
@@ -100,8 +101,8 @@ def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
     )}
 
 
-def build_data(recipe: Recipe, split: str) -> DataSpec:
-    """The images of a split, each rank's share of the global batch at a time.
+def build_data(recipe: Recipe, split: str, device: str = "cpu") -> DataSpec:
+    """The images of a split, each rank's share of the global batch at a time, on `device`.
 
     Raises:
         InputError: A data setting that breaks a rule, or data that are not there.
@@ -118,9 +119,12 @@ def build_data(recipe: Recipe, split: str) -> DataSpec:
         num_classes=None if recipe.model.name == "simmim_pretrain" else recipe.model.num_classes,
         batch_size=batch_size // world_size,
         augmentation=recipe.augmentation,
+        streaming=recipe.data,
+        on_bad_sample=recipe.data.on_bad_sample,
         num_workers=recipe.data.num_workers,
         num_samples=recipe.data.num_samples,
         seed=recipe.seed,
+        device=device,
     )
 
 
@@ -141,7 +145,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
         model.vit.set_grad_checkpointing()
     algorithms = build_algorithms(recipe)
     dist.initialize_dist(device)
-    train_data, eval_data = build_data(recipe, "train"), build_data(recipe, "val")
+    # the current GPU is this process's own since `initialize_dist`
+    batch_device = "cuda" if device == "gpu" else "cpu"
+    train_data, eval_data = (build_data(recipe, split, batch_device) for split in ("train", "val"))
     _check_durations(recipe, train_data)
     loggers = [JSONLinesLogger(Path(recipe.save_folder) / LOG_FILE)]
     if recipe.tensorboard:
@@ -156,7 +162,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         optimizers=build_optimizer(model, recipe.optimizer, recipe.train_batch_size),
         schedulers=build_scheduler(recipe.scheduler),
         algorithms=algorithms,
-        callbacks=[SpeedMonitor(window_size=10, time_unit="seconds")],
+        callbacks=[SpeedMonitor(window_size=10, time_unit="seconds"), DataWaitMonitor()],
         loggers=loggers,
         run_name=recipe.run_name,
         progress_bar=recipe.progress_bar,

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from PIL import Image
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 
-from pss_composer.data.randomness import derive_seed, seeded
+from pss_composer.data.batches import BadSample, Sample, load_sample
+from pss_composer.data.decoding import BadImage
+from pss_composer.data.randomness import derive_seed
+from pss_composer.data.transforms import Transform
 from pss_composer.errors import InputError
 
 
 class FolderImages(ImageFolder):
-    """An ImageFolder whose augmentation depends on seed, epoch and index alone; for `EpochSampler`.
+    """An ImageFolder whose augmentation depends on seed, epoch, index and view alone; for `EpochSampler`.
 
     Args:
         folder: Folder of one split, with a sub-folder per class.
         num_classes: Classes that the model tells apart, or None where labels are not used.
-        transform: From a PIL image to a tensor (3, H, W).
+        transform: Of a picture and a seed.
         seed: Seeds the transform.
+        on_bad_sample: `raise`, `replace` or `leave_out`, as for `load_sample`.
 
     Raises:
         InputError: A class without images, more classes than `num_classes`, or a split whose classes are not
@@ -29,12 +31,7 @@ class FolderImages(ImageFolder):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        num_classes: int | None,
-        transform: Callable[[Image.Image], torch.Tensor],
-        seed: int,
+        self, folder: Path, *, num_classes: int | None, transform: Transform, seed: int, on_bad_sample: str
     ) -> None:
         try:
             super().__init__(str(folder), transform=transform)
@@ -53,8 +50,18 @@ class FolderImages(ImageFolder):
                 f"data.path must hold the same class folders in every split, got others in {str(folder)!r}"
             )
         self.seed = seed
+        self.on_bad_sample = on_bad_sample
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
-        with seeded(derive_seed(self.seed, epoch, index)):
-            return super().__getitem__(index)
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        epoch, index, view = key
+        seed = derive_seed(self.seed, epoch, index, view)
+        return load_sample(
+            lambda index: self._load(index, seed), index, num_samples=len(self), on_bad_sample=self.on_bad_sample
+        )
+
+    def _load(self, index: int, seed: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        try:
+            return self.transform(Path(path).read_bytes(), seed), label
+        except (OSError, BadImage) as error:
+            raise BadSample(f"{path!r} must hold an image, got {str(error)!r}") from error

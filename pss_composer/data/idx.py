@@ -5,15 +5,15 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pss_composer.data.randomness import derive_seed, seeded
+from pss_composer.data.batches import Sample
+from pss_composer.data.randomness import derive_seed
+from pss_composer.data.transforms import Transform
 from pss_composer.errors import InputError
 
 PREFIXES = {"train": "train", "val": "t10k"}  # split -> how the names of its two files begin
@@ -21,7 +21,8 @@ UNSIGNED_BYTE = 8  # the format's number for uint8
 
 
 class IdxImages(Dataset):
-    """Images and labels of IDX files; the augmentation depends on seed, epoch and index alone; for `EpochSampler`.
+    """Images and labels of IDX files; the augmentation depends on seed, epoch, index and view alone; for
+    `EpochSampler`.
 
     The names are those of http://yann.lecun.com/exdb/mnist: `train-images-idx3-ubyte` and
     `train-labels-idx1-ubyte` for `train`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` for `val`, each as
@@ -31,7 +32,7 @@ class IdxImages(Dataset):
         folder: Folder that holds the files.
         split: `train` or `val`.
         num_classes: Classes that the model tells apart, or None where labels are not used.
-        transform: From a PIL image to a tensor (3, H, W).
+        transform: Of a picture and a seed.
         seed: Seeds the transform.
 
     Raises:
@@ -40,13 +41,7 @@ class IdxImages(Dataset):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        split: str,
-        num_classes: int | None,
-        transform: Callable[[Image.Image], torch.Tensor],
-        seed: int,
+        self, folder: Path, *, split: str, num_classes: int | None, transform: Transform, seed: int
     ) -> None:
         image_path = _find_file(folder, f"{PREFIXES[split]}-images-idx3-ubyte")
         label_path = _find_file(folder, f"{PREFIXES[split]}-labels-idx1-ubyte")
@@ -71,10 +66,10 @@ class IdxImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
-        with seeded(derive_seed(self.seed, epoch, index)):
-            return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        epoch, index, view = key
+        image = self.transform(Image.fromarray(self.images[index]), derive_seed(self.seed, epoch, index, view))
+        return image, int(self.labels[index]), []
 
 
 def read_idx(path: Path, *, num_dims: int) -> np.ndarray:

@@ -6,12 +6,13 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from composer import Trainer
 from composer.utils import reproducibility
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -43,14 +44,44 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(torch_state)
 
 
+@contextmanager
+def seeded_python(seed: int) -> Iterator[None]:
+    """The same for Python's generator alone, which takes a tenth of the time.
+
+    Args:
+        seed: At least 0.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 class EpochSampler(DistributedSampler):
-    """A DistributedSampler that yields (epoch, index): how else would a persistent worker know the epoch.
+    """A DistributedSampler that yields (epoch, index, view): how else would a persistent worker know the epoch.
 
     Composer finds it by its base class and sets its epoch.
+
+    Args:
+        dataset: With a length.
+        repeats: Views of each image that is drawn; one after the other, and so on several devices where there are
+            several. An epoch is as long as with one.
+        **options: Of DistributedSampler.
     """
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+    def __init__(self, dataset: Dataset, *, repeats: int = 1, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.repeats = repeats
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        order = torch.arange(len(self.dataset))
+        if self.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for place in range(self.rank, self.total_size, self.num_replicas):
+            # where the devices cannot share evenly, some see an image of the beginning again
+            yield self.epoch, int(order[place // self.repeats % len(order)]), place % self.repeats
 
 
 def restore_generators(trainer: Trainer) -> None:

@@ -2,60 +2,158 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from composer.utils import dist
-from PIL import Image
-from streaming.vision import StreamingImageNet
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.batching import batching_methods
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.partition import get_partitions
+from streaming.base.shuffle import get_shuffle
+from streaming.base.world import World
 
-from pss_composer.data.randomness import derive_seed, seeded
+from pss_composer.data.batches import BadSample, Sample, load_sample
+from pss_composer.data.cache import CacheLock, ShardStream, is_complete
+from pss_composer.data.decoding import BadImage
+from pss_composer.data.randomness import derive_seed
+from pss_composer.data.settings import StreamingSettings
+from pss_composer.data.transforms import Transform
 from pss_composer.errors import InputError
 
 
-class StreamingImages(StreamingImageNet):
-    """An MDS folder of images `x` and labels `y` whose augmentation depends on seed, epoch and index alone.
+class StreamingImages(StreamingDataset):
+    """An MDS folder of images `x` and labels `y` whose augmentation depends on seed, epoch, index and view alone.
 
     Args:
-        folder: Folder of one split, with its `index.json`.
-        transform: From a PIL image to a tensor (3, H, W).
+        folder: Folder of one split, with its `index.json`; or its cache, for a remote.
+        remote: URL of the split's folder in a store, or None.
+        settings: How to stream.
+        transform: Of a picture and a seed.
         batch_size: Images in the batch of one device: which image goes to which worker depends on it.
         shuffle: A new order in every epoch, else that of the shards.
         seed: Seeds the order and the transform, at least 0.
+        repeats: Views of each image that is drawn, in the same batch of the same device wherever they fit.
+        on_bad_sample: `raise`, `replace` or `leave_out`, as for `load_sample`.
 
     Raises:
-        InputError: The folder is no MDS folder, is empty, or has other columns.
+        InputError: The folder or the remote holds no MDS shards, none with samples, or other columns; or another run
+            uses the cache.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        transform: Callable[[Image.Image], torch.Tensor],
+        remote: str | None,
+        settings: StreamingSettings,
+        transform: Transform,
         batch_size: int,
         shuffle: bool,
         seed: int,
+        repeats: int,
+        on_bad_sample: str,
     ) -> None:
-        _check_index(folder)
-        super().__init__(
-            local=str(folder),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            # by default 64 per node, all made equally long by repeating images, in evaluation, too
-            num_canonical_nodes=dist.get_world_size() // dist.get_local_world_size(),
-            transform=transform,
-        )
+        if remote is not None and settings.cache_limit is None and is_complete(folder):
+            remote = None  # nothing to fetch: any number of runs may read it, without the store
+        if remote is not None and dist.get_local_rank() == 0:
+            self._cache_lock = CacheLock(folder)
+        num_machines = dist.get_world_size() // dist.get_local_world_size()
+        stream = ShardStream(folder, remote=remote, download_retry=settings.download_retry)
+        try:
+            super().__init__(
+                streams=[stream],
+                cache_limit=settings.cache_limit if remote else None,
+                predownload=settings.predownload,
+                # by default `py1s` and `py2s` have 64 per machine, all made equally long by repeating images
+                num_canonical_nodes=settings.num_canonical_nodes or num_machines,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                shuffle_algo=settings.shuffle_algo,
+                shuffle_seed=seed,
+            )
+        except InputError:
+            raise
+        except ValueError as error:  # of a limit that cannot hold the shards it must, and of a cache that is in use
+            key = "data.cache_limit" if "ache" in str(error) else "data.local"
+            raise InputError(f"{key} must fit: {' '.join(str(error).split())}") from error
+        self.batching_method = "views"
+        self.transform = transform
         self.seed = seed
+        self.repeats = repeats
+        self.on_bad_sample = on_bad_sample
+        self._epoch = 0
+        self._views: NDArray[np.int64] | None = None  # of the samples of this worker in this epoch
+        self._view = 0
+        self._failure: BaseException | None = None
 
-    def get_item(self, idx: int) -> tuple[torch.Tensor, int]:
-        # `next_epoch` lives in shared memory and moves on when all workers have started an epoch: while one
-        # iterates, the epoch is the one before, after a resume, too
-        with seeded(derive_seed(self.seed, self.next_epoch - 1, idx)):
-            return super().get_item(idx)
+    def __iter__(self) -> Iterator[Sample]:
+        """This worker's samples of the next epoch.
+
+        Raises:
+            InputError: A sample, or a shard of it, is broken or cannot be fetched.
+        """
+        try:
+            yield from super().__iter__()
+        except RuntimeError:
+            if self._failure is None:
+                raise
+        # streaming ends the epoch early, without an error, where one of its threads has failed
+        if self._failure is not None:
+            raise self._failure
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
+        seed = derive_seed(self.seed, self._epoch, sample_id, self._view)
+        return load_sample(
+            lambda index: self._load(index, seed, retry),
+            sample_id,
+            num_samples=self.num_samples,
+            on_bad_sample=self.on_bad_sample,
+        )
+
+    def _load(self, index: int, seed: int, retry: int) -> tuple[Any, int]:
+        shard_id, place = self.spanner[index]
+        name = f"sample {place} of {self.shards[shard_id].raw_data.basename} in {self.streams[0].local!r}"
+        try:
+            sample = super().get_item(index, retry)
+        except (IndexError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            # offsets or lengths in the shard that lead nowhere
+            raise BadSample(f"{name} must be whole, got {' '.join(str(error).split())!r}") from error
+        try:
+            return self.transform(sample["x"], seed), int(sample["y"])
+        except BadImage as error:
+            raise BadSample(f"{name} must decode, got {str(error)!r}") from error
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except InputError:
+            # else other workers would wait for this one for ever
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
+    def on_exception(self, future: Future) -> None:
+        """Stop iterating where a thread that fetches shards has failed."""
+        if future.exception() is not None:
+            self._failure = future.exception()
+            self._event.set()
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        keys = super()._get_work(epoch, sample_in_epoch)
+        self._epoch = epoch
+        self._views = keys % self.repeats
+        return np.where(keys == -1, -1, keys // self.repeats)
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        for sample_id in super()._each_sample_id(it):
+            self._view = int(self._views[it.yield_index])
+            yield sample_id
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """The place in the data, as Composer stores it in checkpoints."""
@@ -67,18 +165,39 @@ class StreamingImages(StreamingImageNet):
         return state
 
 
-def _check_index(folder: Path) -> None:
-    index_path = folder / "index.json"
-    if not index_path.is_file():
-        raise InputError(f"data.path must hold MDS shards, got no index.json in {str(folder)!r}")
-    try:
-        shards = json.loads(index_path.read_text())["shards"]
-        columns = {column for shard in shards for column in shard["column_names"]}
-        num_samples = sum(shard["samples"] for shard in shards)
-    except (ValueError, KeyError, TypeError):
-        message = f"data.path must hold MDS shards, got an index.json that names none in {str(folder)!r}"
-        raise InputError(message) from None
-    if num_samples == 0:
-        raise InputError(f"data.path must hold at least one image, got none in {str(folder)!r}")
-    if not {"x", "y"} <= columns:
-        raise InputError(f"data.path must hold the columns x and y, got {sorted(columns)} in {str(folder)!r}")
+def deal_views(dataset: StreamingImages, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    """Deal an epoch's images to the workers: streaming's method `random`, with `repeats` views of each image.
+
+    Args:
+        dataset: What is dealt.
+        world: The machines, devices and workers.
+        epoch: Seeds the order.
+        sample_in_epoch: Views seen already, which are left out.
+
+    Returns:
+        int64 (machines, devices, workers, batches, samples): image × repeats + view, or −1 where there is none.
+    """
+    repeats, num_parts = dataset.repeats, dataset.num_canonical_nodes
+    places = get_partitions(
+        dataset.partition_algo, dataset.epoch_size, num_parts, world.num_nodes, world.ranks_per_node,
+        world.workers_per_rank, dataset.batch_size, sample_in_epoch, dataset.initial_physical_nodes,
+    )
+    order = np.arange(dataset.epoch_size)
+    if dataset.shuffle:
+        order = get_shuffle(dataset.shuffle_algo, dataset.samples_per_shard, num_parts, dataset.shuffle_seed, epoch,
+                            dataset.shuffle_block_size)
+    if repeats == 1:
+        return np.where(places == -1, -1, order[places])
+    # streaming deals a machine's batch like cards, one place to each device in turn; here each device gets a run of
+    # places, so that it has all views of most of its images, and decodes those once
+    batches = np.moveaxis(places, 1, 3)  # (machines, workers, batches, devices, samples)
+    whole = (batches != -1).all(axis=(3, 4))
+    batches[whole] = np.sort(batches[whole].reshape(whole.sum(), -1)).reshape(batches[whole].shape)
+    # the shards are dealt to parts of the epoch, which starts each part anew
+    starts = np.arange(num_parts) * dataset.epoch_size // num_parts
+    start = starts[np.searchsorted(starts, places, side="right") - 1]
+    image, view = order[start + (places - start) // repeats], (places - start) % repeats
+    return np.where(places == -1, -1, image * repeats + view)
+
+
+batching_methods["views"] = deal_views

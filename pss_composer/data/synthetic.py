@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
+from pss_composer.data.batches import Sample
 from pss_composer.data.randomness import derive_seed
 from pss_composer.errors import InputError
 
@@ -35,8 +36,8 @@ class SyntheticImages(Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        _, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        _, index, _ = key
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.split, index))
         image = torch.randn(3, self.image_size, self.image_size, generator=generator)
-        return image, int(torch.randint(self.num_classes, (), generator=generator))
+        return image, int(torch.randint(self.num_classes, (), generator=generator)), []

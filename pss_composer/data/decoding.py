@@ -1,0 +1,53 @@
+"""From the bytes of a picture to its pixels."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+class BadImage(ValueError):
+    """Bytes that are no whole picture; one line with the decoder's reason."""
+
+
+def decode_tensor(data: bytes) -> Tensor:
+    """The pixels of a picture; of a JPEG through torchvision, of any other format through PIL, as RGB.
+
+    Both use libjpeg-turbo in the same way: the pixels are those that PIL gives, bit for bit.
+
+    Args:
+        data: A whole file.
+
+    Returns:
+        uint8 (3, H, W), of a JPEG in the memory format `torch.channels_last`.
+
+    Raises:
+        BadImage: The bytes do not decode.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return pil_to_tensor(decode_pil(data))
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise BadImage(_to_line(error)) from None
+
+
+def decode_pil(data: bytes) -> Image.Image:
+    """The same as a PIL image in mode RGB.
+
+    Raises:
+        BadImage: The bytes do not decode.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # what PIL's many decoders raise for broken files has no common class
+        raise BadImage(_to_line(error)) from None
+
+
+def _to_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,43 @@
+"""A DataLoader that tells in one line what went wrong in a worker, and counts what was skipped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pss_composer.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class Loader(DataLoader):
+    """torch's DataLoader of what `Collate` makes; it yields images and labels, and counts and logs the bad samples.
+
+    Attributes:
+        num_skipped: Bad samples so far, over all epochs.
+
+    Raises:
+        InputError: When iterated: a sample or shard is broken, in the worker's own words, or a worker was killed.
+    """
+
+    num_skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            for images, labels, messages in super().__iter__():
+                self.num_skipped += len(messages)
+                for message in messages:
+                    log.warning("skipped: %s", message)
+                yield images, labels
+        except InputError as error:
+            # torch puts the worker's traceback into the message, which ends with that of the error itself
+            message = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+            raise type(error)(message) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            reason = " ".join(str(error).split())
+            raise InputError(f"data.num_workers must be processes that stay alive, but {reason}") from error

@@ -1,0 +1,47 @@
+"""What runs that were killed leave of streaming in shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
+
+SHARED_MEMORY = Path("/dev/shm")
+LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
+NAME = re.compile(rf"(\d{{6}})_({'|'.join((*SHM_TO_CLEAN, *LOCKS))})")  # the dataset's number, and the use
+
+
+def remove_stale_segments() -> None:
+    """Remove streaming's shared memory, and the locks in the folder for temporary files, of datasets that are no more.
+
+    A dataset whose process was killed keeps its number and its cache folder, and streaming refuses a second one on that
+    folder. streaming's own `clean_stale_shared_memory` also takes the memory of other runs that are alive.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    leftovers = {}  # path -> number
+    for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in folder.iterdir():
+            match = NAME.fullmatch(path.name)
+            if match and path.stat().st_uid == os.getuid():
+                leftovers[path] = match[1]
+    if leftovers:
+        in_use = _find_numbers_in_use()
+        for path, number in leftovers.items():
+            if number not in in_use:
+                path.unlink(missing_ok=True)
+
+
+def _find_numbers_in_use() -> set[str]:
+    """The numbers of the datasets that a process of this user has mapped; it has from its first segment to its end."""
+    numbers = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            maps = (process / "maps").read_text()
+        except OSError:  # gone in the meantime, or another user's
+            continue
+        numbers.update(match[1] for match in re.finditer(rf"{SHARED_MEMORY}/{NAME.pattern}", maps))
+    return numbers

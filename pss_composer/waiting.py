@@ -1,0 +1,65 @@
+"""Where a step's time goes: waiting for data, or computing."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+WINDOW = 50  # steps
+MIN_SHARE = 0.1  # of the time, spent waiting, from which on the loader is said to limit a run
+
+
+class DataWaitMonitor(Callback):
+    """Logs where each step's time goes, and says once, in a sentence, when the loader is what limits the run.
+
+    Every batch: `loader/wait_s`, the seconds from asking the loader for the batch to having it, `loader/compute_s`,
+    those from there to the end of the step, and `loader/skipped`, the bad samples that the loader has left out so far,
+    if it counts them. Composer reads the loss at the end of every step, so that a GPU has then done its work, and
+    what is waited for the loader is what the GPU stands still.
+
+    The sentence is printed by rank 0, of its own loader, once waiting has taken a tenth or more of `WINDOW` steps in a row;
+    the first step of an epoch, in which workers start, does not count.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._asked = self._received = 0.0
+        self._has_told = False
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._asked = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self._received = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        wait, compute = self._received - self._asked, time.perf_counter() - self._received
+        metrics = {"loader/wait_s": wait, "loader/compute_s": compute}
+        num_skipped = getattr(state.dataloader, "num_skipped", None)
+        if num_skipped is not None:
+            metrics["loader/skipped"] = num_skipped
+        logger.log_metrics(metrics)
+        if state.timestamp.batch_in_epoch > 1:
+            self._steps.append((wait, compute))
+        if len(self._steps) == WINDOW and not self._has_told:
+            self._tell(state)
+
+    def _tell(self, state: State) -> None:
+        wait, compute = (sum(seconds) / WINDOW for seconds in zip(*self._steps, strict=True))
+        share = wait / (wait + compute)
+        if share < MIN_SHARE:
+            return
+        self._has_told = True
+        if dist.get_global_rank() == 0:
+            num_workers = getattr(state.dataloader, "num_workers", 0)
+            print(
+                f"The data loader limits this run: over the last {WINDOW} steps, a step waited {wait:.3f} s for data and "
+                f"computed for {compute:.3f} s; without the waiting, {share:.0%} of the time, it would be "
+                f"{(wait + compute) / compute:.2f} times as fast. More workers (data.num_workers, now {num_workers}) or "
+                "smaller pictures (convert --shortest-side 256) may help.",
+                flush=True,
+            )
