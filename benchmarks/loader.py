@@ -156,7 +156,8 @@ def list_rows(split: str, contestants: dict[str, Contestant], num_cores: int) ->
         rate = median(contestant.rates)
         bar = BARS.get((split, name))
         verdict = "" if bar is None else f"{bar:.1f} {'met' if rate / base >= bar else 'NOT MET'}"
-        yield [split, name, f"{rate / num_cores:.0f}", f"{rate / base:.2f}", verdict, f"{contestant.weigh_workers():.0f}"]
+        memory = contestant.weigh_workers()
+        yield [split, name, f"{rate / num_cores:.0f}", f"{rate / base:.2f}", verdict, f"{memory:.0f}"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -182,8 +183,8 @@ def main() -> None:
         folder = args.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         kilobytes = prepare_data(folder, args.images)
         print(describe_machine(args))
-        print(f"{args.images} pictures of {WIDTH} × {HEIGHT}, {kilobytes:.0f} kB each, to {args.image_size} px; batches of "
-              f"{args.batch_size}, {args.workers} workers on {num_cores} cores, {args.rounds} rounds\n")
+        print(f"{args.images} pictures of {WIDTH} × {HEIGHT}, {kilobytes:.0f} kB each, to {args.image_size} px; batches "
+              f"of {args.batch_size}, {args.workers} workers on {num_cores} cores, {args.rounds} rounds\n")
         rows = []
         for split in ("train", "val"):
             contestants = build_contestants(folder, args.images, split, args)

@@ -91,7 +91,9 @@ def evaluate(
 
 def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
     """`evaluate` on the evaluation data of a classifier's recipe."""
-    metrics = evaluate(run.model, run.patch_sampler, build_data(run.recipe, "val"), keep_rates)
+    # on the device that the Trainer of `evaluate` takes
+    data = build_data(run.recipe, "val", "cuda" if torch.cuda.is_available() else "cpu")
+    metrics = evaluate(run.model, run.patch_sampler, data, keep_rates)
     gc.collect()  # the loader's workers must be gone before the next loader forks its own
     return metrics
 

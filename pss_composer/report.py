@@ -14,6 +14,7 @@ from pss_composer.errors import InputError
 from pss_composer.evaluation import KEEP_RATES, Run, evaluate_run, flop_shares
 from pss_composer.masking import draw_masks
 from pss_composer.run_folder import LOG_FILE
+from pss_composer.settings import Recipe
 from pss_composer.training import build_data
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -115,7 +116,7 @@ def plot_kept_patches(
         keep_rates: Keep rates, one a row.
     """
     plt = _import_pyplot()
-    images, labels = next(iter(build_data(run.recipe, "val").dataloader))
+    images, labels = _first_batch(run.recipe)
     chosen = [labels.tolist().index(label) for label in labels.unique()][:num_images]
     images, labels = images[chosen], labels[chosen]
     vit = run.model.vit.eval()
@@ -154,7 +155,7 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
     """
     plt = _import_pyplot()
     model, recipe = run.model.eval(), run.recipe
-    images = next(iter(build_data(recipe, "val").dataloader))[0][:num_images].to(next(model.parameters()).device)
+    images = _first_batch(recipe)[0][:num_images].to(next(model.parameters()).device)
     generator = torch.Generator(images.device).manual_seed(recipe.seed)
     mask = draw_masks(
         len(images), model.encoder.patch_embed.grid_size, unit=recipe.masking.unit // model.patch_size,
@@ -194,6 +195,11 @@ def _kept_pixels(patch_sampler: Any, images: torch.Tensor, patch_size: int) -> t
         grid = torch.zeros_like(grid).scatter(1, patch_sampler.keep_indices.cpu(), True)
     grid = grid.view(B, 1, H // patch_size, W // patch_size)
     return grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+
+
+def _first_batch(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    data = build_data(recipe, "val")
+    return data.batch_transforms(next(iter(data.dataloader)))
 
 
 def _to_pixels(images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:

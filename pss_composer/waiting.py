@@ -21,8 +21,8 @@ class DataWaitMonitor(Callback):
     if it counts them. Composer reads the loss at the end of every step, so that a GPU has then done its work, and
     what is waited for the loader is what the GPU stands still.
 
-    The sentence is printed by rank 0, of its own loader, once waiting has taken a tenth or more of `WINDOW` steps in a row;
-    the first step of an epoch, in which workers start, does not count.
+    The sentence is printed by rank 0, once waiting has taken a tenth or more of `WINDOW` steps; the first step of an
+    epoch, in which workers start, does not count.
     """
 
     def __init__(self) -> None:
@@ -57,9 +57,9 @@ class DataWaitMonitor(Callback):
         if dist.get_global_rank() == 0:
             num_workers = getattr(state.dataloader, "num_workers", 0)
             print(
-                f"The data loader limits this run: over the last {WINDOW} steps, a step waited {wait:.3f} s for data and "
-                f"computed for {compute:.3f} s; without the waiting, {share:.0%} of the time, it would be "
-                f"{(wait + compute) / compute:.2f} times as fast. More workers (data.num_workers, now {num_workers}) or "
-                "smaller pictures (convert --shortest-side 256) may help.",
+                f"The data loader limits this run: over the last {WINDOW} steps, a step waited {wait:.3f} s for data "
+                f"and computed for {compute:.3f} s; without the waiting, {share:.0%} of the time, it would be "
+                f"{(wait + compute) / compute:.2f} times as fast. More workers (data.num_workers, now {num_workers}) "
+                "or smaller pictures (convert --shortest-side 256) may help.",
                 flush=True,
             )

@@ -51,7 +51,8 @@ def test_evaluate_run_is_right_at_every_keep_rate(runs):
         run.patch_sampler.eval_keep_rate = keep_rate
         num_right = num_images = 0
         with torch.no_grad():
-            for images, labels in build_data(run.recipe, "val").dataloader:
+            data = build_data(run.recipe, "val")
+            for images, labels in map(data.batch_transforms, data.dataloader):
                 num_right += int((run.model.module.eval()(images).argmax(dim=1) == labels).sum())
                 num_images += len(labels)
         assert metrics[keep_rate]["top1"] == pytest.approx(num_right / num_images)

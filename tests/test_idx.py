@@ -75,10 +75,10 @@ def read_batches(spec, epochs=1):
 def test_files_are_read_back_bit_for_bit(split, is_packed, tmp_path):
     images, labels = random_split(split)
     write_split(tmp_path, split, images, labels, is_packed=is_packed)
-    dataset = IdxImages(tmp_path, split=split, num_classes=10, transform=np.asarray, seed=0)
+    dataset = IdxImages(tmp_path, split=split, num_classes=10, transform=lambda image, seed: np.asarray(image), seed=0)
     assert len(dataset) == len(images) and dataset.images.dtype == np.uint8
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        actual_image, actual_label = dataset[0, index]
+        actual_image, actual_label, _ = dataset[0, index, 0]
         assert np.array_equal(actual_image, image) and actual_label == label and type(actual_label) is int
 
 
@@ -103,9 +103,9 @@ def test_evaluation_sees_its_own_files_in_order(tmp_path):
     images, labels = random_split("val", width=HEIGHT)
     spec = build(tmp_path, "val", image_size=HEIGHT, augmentation=EXACT)
     assert spec.num_samples == NUM_IMAGES["val"]
-    batches = read_batches(spec)
+    batches = list(map(spec.batch_transforms, read_batches(spec)))
     expected = torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1) / 255
-    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+    assert torch.allclose(torch.cat([images for images, _ in batches]), expected)
     assert torch.cat([labels for _, labels in batches]).tolist() == labels.tolist()
 
 
@@ -118,7 +118,7 @@ def test_training_sees_every_image_once_in_a_new_order_every_epoch(tmp_path):
     for epoch in range(2):
         spec.dataloader.sampler.set_epoch(epoch)
         epochs.append([((255 * image[0, 0]).round().byte().numpy().tobytes(), int(label))
-                       for image, label in spec.dataloader])
+                       for image, label in map(spec.batch_transforms, spec.dataloader)])
     assert set(epochs[0]) == set(epochs[1]) == expected and len(epochs[0]) == len(epochs[1]) == len(expected)
     assert epochs[0] != epochs[1]
     assert len(build(tmp_path).dataloader) == 5  # batches of 8, without the rest of 3
@@ -129,20 +129,20 @@ def test_training_sees_every_image_once_in_a_new_order_every_epoch(tmp_path):
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     def look(seed, epoch, index):
-        return build(folder, seed=seed).dataloader.dataset[epoch, index][0]
+        return build(folder, seed=seed).dataloader.dataset[epoch, index, 0][0]
 
     dataset = build(folder).dataloader.dataset
-    expected = [dataset[2, index][0] for index in range(5)]
+    expected = [dataset[2, index, 0][0] for index in range(5)]
     for index in reversed(range(5)):
         torch.rand(7)  # as other work would between two images
-        assert torch.equal(dataset[2, index][0], expected[index])
+        assert torch.equal(dataset[2, index, 0][0], expected[index])
     assert torch.equal(look(3, 2, 1), expected[1])
     assert not torch.equal(look(3, 1, 1), expected[1])
     assert not torch.equal(look(4, 2, 1), expected[1])
 
     dataset.images = np.broadcast_to(dataset.images[1], dataset.images.shape)
-    assert torch.equal(dataset[2, 1][0], expected[1])
-    assert not torch.equal(dataset[2, 0][0], expected[1])
+    assert torch.equal(dataset[2, 1, 0][0], expected[1])
+    assert not torch.equal(dataset[2, 0, 0][0], expected[1])
 
 
 def test_workers_change_nothing(folder):

@@ -32,7 +32,7 @@ def test_yaml_block_is_the_default_schedule():
 
 def test_every_train_command_reads_its_recipe():
     commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if "train.py" in line]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         words = shlex.split(command)
         recipe, *overrides = words[words.index("train.py") + 1:]

@@ -108,7 +108,8 @@ def _move(
     blend = values.narrow(axis, 0, length) * weights[0]
     for tap in (1, 2, 3):
         blend.addcmul_(values.narrow(axis, tap, length), weights[tap])
-    moved = blend.clamp_(0, 255).to(torch.uint8).numpy()
+    # what is behind the point is cut off, as PIL does: sums just below a whole number would darken flat areas
+    moved = blend.add_(2**-14).clamp_(0, 255).to(torch.uint8).numpy()
 
     centres = np.expand_dims(np.arange(length) + 0.5, 1 - axis) + np.expand_dims(shifts, axis)
     moved[(centres < 0) | (centres >= length)] = fillcolor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from time import time_ns
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,11 @@ class StreamingImages(StreamingDataset):
             raise BadSample(f"{name} must decode, got {str(error)!r}") from error
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        raw, _ = self.shards[shard_id].file_pairs[0]
+        if self._shard_states[shard_id] == _ShardState.LOCAL and (self.streams[0].folder / raw.basename).is_file():
+            # streaming would take a lock of all processes for every sample that it looks ahead
+            self._shard_access_times[shard_id] = time_ns()
+            return
         try:
             super().prepare_shard(shard_id, blocking)
         except InputError:
@@ -192,7 +198,8 @@ def deal_views(dataset: StreamingImages, world: World, epoch: int, sample_in_epo
     # places, so that it has all views of most of its images, and decodes those once
     batches = np.moveaxis(places, 1, 3)  # (machines, workers, batches, devices, samples)
     whole = (batches != -1).all(axis=(3, 4))
-    batches[whole] = np.sort(batches[whole].reshape(whole.sum(), -1)).reshape(batches[whole].shape)
+    num_places = world.ranks_per_node * dataset.batch_size
+    batches[whole] = np.sort(batches[whole].reshape(-1, num_places)).reshape(batches[whole].shape)
     # the shards are dealt to parts of the epoch, which starts each part anew
     starts = np.arange(num_parts) * dataset.epoch_size // num_parts
     start = starts[np.searchsorted(starts, places, side="right") - 1]

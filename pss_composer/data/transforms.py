@@ -113,9 +113,13 @@ class FastTraining:
             for operation in self.rand_augment.ops:
                 operation.aug_fn = FASTER.get(operation.aug_fn, operation.aug_fn)
         self.color_jitter = 0.0 if rand_augment is not None and "3a" not in rand_augment else color_jitter
+        self._last_picture: Picture | None = None
+        self._last_image: Tensor | None = None
 
     def __call__(self, picture: Picture, seed: int) -> Tensor:
-        image = _to_tensor(picture)
+        if picture != self._last_picture:  # under repeated augmentation the views of a picture follow each other
+            self._last_picture, self._last_image = picture, _to_tensor(picture)
+        image = self._last_image
         with seeded_python(seed):
             box = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
             crop = functional.crop(image, *box).unsqueeze(0).contiguous(memory_format=torch.channels_last)[0]
