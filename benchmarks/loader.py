@@ -3,8 +3,9 @@
 A few thousand JPEGs of 500 × 375 are cut from the photographs that ship in scikit-learn and scikit-image, and converted
 to shards, as they are and with a shortest side of 256. The original's loader (torchvision's ImageFolder, timm's
 create_transform, torch's DataLoader) and this project's loaders read them in the same number of workers; all take turns
-in every round, in an order that is shuffled anew, and each reads a whole epoch. The medians count. A loader's worker is
-weighed at the end of its last epoch: what is its own, and its share of what it shares.
+in every round, in an order that is shuffled anew, and each reads a whole epoch. The medians count. Beside the clock's
+time stands the processor's, of workers and main process, which other programs on the machine disturb less. A worker is
+weighed at the end of its loader's last epoch: what is its own, and its share of what it shares.
 """
 
 from __future__ import annotations
@@ -48,12 +49,18 @@ class Contestant:
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.rates: list[float] = []  # images per second, one for each epoch
+        self.costs: list[float] = []  # seconds of the processor per image
 
     def read_epoch(self) -> None:
-        start, num_images = time.perf_counter(), 0
+        start, start_cpu, num_images = time.perf_counter(), self._measure_cpu(), 0
         for batch in self.loader:
             num_images += len(batch[0])
         self.rates.append(num_images / (time.perf_counter() - start))
+        self.costs.append((self._measure_cpu() - start_cpu) / num_images)
+
+    def _measure_cpu(self) -> float:
+        workers = [] if self.loader._iterator is None else self.loader._iterator._workers
+        return time.process_time() + sum(measure_cpu(worker.pid) for worker in workers)
 
     def weigh_workers(self) -> float:
         """MiB of one worker: the median over its loader's."""
@@ -64,6 +71,12 @@ def measure_memory(pid: int) -> float:
     """MiB of a process: its own pages, and its share of those that it shares."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def measure_cpu(pid: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def load_photographs() -> list[Image.Image]:
@@ -145,19 +158,21 @@ def compete(contestants: dict[str, Contestant], num_rounds: int) -> None:
         for name in names:
             contestants[name].read_epoch()
     for contestant in contestants.values():
-        del contestant.rates[0]
+        del contestant.rates[0], contestant.costs[0]
 
 
 def list_rows(split: str, contestants: dict[str, Contestant], num_cores: int) -> Iterator[list[str]]:
     """The lines of the table."""
     original = contestants[ORIGINAL]
-    base = median(original.rates)
     for name, contestant in contestants.items():
-        rate = median(contestant.rates)
+        rate, cost = median(contestant.rates), median(contestant.costs)
+        ratio = rate / median(original.rates)
         bar = BARS.get((split, name))
-        verdict = "" if bar is None else f"{bar:.1f} {'met' if rate / base >= bar else 'NOT MET'}"
+        verdict = "" if bar is None else f"{bar:.1f} {'met' if ratio >= bar else 'NOT MET'}"
+        saving = median(original.costs) / cost
         memory = contestant.weigh_workers()
-        yield [split, name, f"{rate / num_cores:.0f}", f"{rate / base:.2f}", verdict, f"{memory:.0f}"]
+        yield [split, name, f"{rate / num_cores:.0f}", f"{ratio:.2f}", verdict, f"{1000 * cost:.2f}", f"{saving:.2f}",
+               f"{memory:.0f}"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,15 +198,16 @@ def main() -> None:
         folder = args.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         kilobytes = prepare_data(folder, args.images)
         print(describe_machine(args))
-        print(f"{args.images} pictures of {WIDTH} × {HEIGHT}, {kilobytes:.0f} kB each, to {args.image_size} px; batches "
-              f"of {args.batch_size}, {args.workers} workers on {num_cores} cores, {args.rounds} rounds\n")
+        print(f"{args.images} pictures of {WIDTH} × {HEIGHT}, {kilobytes:.0f} kB each, to {args.image_size} px; "
+              f"batches of {args.batch_size}, {args.workers} workers on {num_cores} cores, {args.rounds} rounds\n")
         rows = []
         for split in ("train", "val"):
             contestants = build_contestants(folder, args.images, split, args)
             compete(contestants, args.rounds)
             rows += list_rows(split, contestants, num_cores)
             del contestants
-        print_table(["", "loader", "images/s per core", "× original", "at least", "MiB per worker"], rows)
+        print_table(["", "loader", "images/s per core", "× original", "at least", "CPU ms per image", "× original",
+                     "MiB per worker"], rows)
 
 
 if __name__ == "__main__":

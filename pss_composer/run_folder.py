@@ -15,7 +15,9 @@ from pss_composer.settings import Recipe
 
 # settings that a resumed run may change: they have no part in what it computes
 FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
-                  "save_num_checkpoints_to_keep", "data.num_workers", "data.path", "load_path", "load_weights_only")
+                  "save_num_checkpoints_to_keep", "load_path", "load_weights_only", "data.num_workers", "data.path",
+                  "data.remote", "data.local", "data.cache_limit", "data.predownload", "data.download_retry",
+                  "data.on_bad_sample")
 RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 
 

@@ -19,22 +19,22 @@ Operation = Callable[..., Image.Image]
 
 def shear_x(image: Image.Image, factor: float, **options: object) -> Image.Image:
     """Move row y by `factor` × (y + 0.5) pixels to the left."""
-    return _move(image, factor, 0.0, axis=1, **options)
+    return _move_rows(image, factor, 0.0, **options)
 
 
 def shear_y(image: Image.Image, factor: float, **options: object) -> Image.Image:
     """Move column x by `factor` × (x + 0.5) pixels upwards."""
-    return _move(image, factor, 0.0, axis=0, **options)
+    return _transpose(_move_rows(_transpose(image), factor, 0.0, **options))
 
 
 def translate_x_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
     """Move the image by the share `pct` of its width to the left."""
-    return _move(image, 0.0, pct * image.width, axis=1, **options)
+    return _move_rows(image, 0.0, pct * image.width, **options)
 
 
 def translate_y_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
     """Move the image by the share `pct` of its height upwards."""
-    return _move(image, 0.0, pct * image.height, axis=0, **options)
+    return _transpose(_move_rows(_transpose(image), 0.0, pct * image.height, **options))
 
 
 def brightness(image: Image.Image, factor: float, **_: object) -> Image.Image:
@@ -60,63 +60,67 @@ def _blend(image: Image.Image, grey: int, factor: float) -> Image.Image:
     return image.point(blended.tolist() * len(image.getbands()))
 
 
-def _move(
+def _transpose(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.TRANSPOSE)
+
+
+def _move_rows(
     image: Image.Image,
     slope: float,
     offset: float,
     *,
-    axis: int,
     fillcolor: tuple[int, int, int],
     resample: Image.Resampling | tuple[Image.Resampling, ...],
 ) -> Image.Image:
-    """Move line i, a row for axis 1 and a column for axis 0, by slope × (i + 0.5) + offset pixels along itself.
+    """Move row y by slope × (y + 0.5) + offset pixels to the left, with the pixels of PIL's affine transform.
 
     Args:
         image: In mode RGB.
         slope: Of a shear.
-        offset: Of a translation, in pixels towards the line's beginning.
-        axis: Along which pixels move.
+        offset: Of a translation.
         fillcolor: Of what moves in from outside.
         resample: The interpolation, or several to draw one from.
     """
     if isinstance(resample, tuple):
         resample = random.choice(resample)
     if resample != Image.Resampling.BICUBIC:  # PIL's others are fast
-        matrix = (1, slope, offset, 0, 1, 0) if axis == 1 else (1, 0, 0, slope, 1, offset)
+        matrix = (1, slope, offset, 0, 1, 0)
         return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fillcolor)
     pixels = np.asarray(image)
-    length, num_lines = pixels.shape[axis], pixels.shape[1 - axis]
-    shifts = slope * (np.arange(num_lines) + 0.5) + offset
+    height, width, _ = pixels.shape
+    shifts = slope * (np.arange(height) + 0.5) + offset
 
-    # pixel x of a line comes from the four around x + shift: from x + whole - 1 to x + whole + 2
+    # pixel x of a row comes from the four around x + shift: those of a window that begins at x + whole - 1
     whole = np.floor(shifts).astype(np.int64)
     before, after = max(0, 1 - int(whole.min())), max(0, int(whole.max()) + 2)
-    padded = np.pad(pixels, [(before, after) if i == axis else (0, 0) for i in range(3)], mode="edge")
-    sources = np.empty([size + 3 if i == axis else size for i, size in enumerate(pixels.shape)], np.uint8)
-    ends = [*(np.flatnonzero(np.diff(whole)) + 1).tolist(), num_lines]
-    for first, end in zip([0, *ends], ends, strict=False):  # neighbours that move by the same number of whole pixels
-        start = before + int(whole[first]) - 1
-        if axis == 1:
-            sources[first:end] = padded[first:end, start:start + length + 3]
-        else:
-            sources[:, first:end] = padded[start:start + length + 3, first:end]
+    padded = np.empty((height, before + width + after, 3), np.uint8)
+    padded[:, :before] = pixels[:, :1]
+    padded[:, before:before + width] = pixels
+    padded[:, before + width:] = pixels[:, -1:]
+    # from here on a row is a line of bytes, three to a pixel: every window of a row, and of those the one that counts
+    shape = (height, before + after - 2, 3 * (width + 3))
+    windows = np.lib.stride_tricks.as_strided(padded, shape, (padded.strides[0], 3, 1))
+    values = torch.from_numpy(windows[np.arange(height), before + whole - 1]).float()
 
-    values = torch.from_numpy(sources).float()
-    weights = torch.from_numpy(_cubic_weights(shifts - whole)).float().unsqueeze(axis + 1).unsqueeze(-1)
-    if axis == 0:
-        weights = weights.repeat(1, 1, 1, 3)  # else torch's innermost loop is over the three channels, and slow
-    blend = values.narrow(axis, 0, length) * weights[0]
+    weights = torch.from_numpy(_cubic_weights(shifts - whole)).float().unsqueeze(-1)
+    blend = values[:, :3 * width] * weights[0]
     for tap in (1, 2, 3):
-        blend.addcmul_(values.narrow(axis, tap, length), weights[tap])
+        blend.addcmul_(values[:, 3 * tap:3 * (tap + width)], weights[tap])
     # what is behind the point is cut off, as PIL does: sums just below a whole number would darken flat areas
     moved = blend.add_(2**-14).clamp_(0, 255).to(torch.uint8).numpy()
 
-    centres = np.expand_dims(np.arange(length) + 0.5, 1 - axis) + np.expand_dims(shifts, axis)
-    moved[(centres < 0) | (centres >= length)] = fillcolor
-    return Image.fromarray(moved)
+    # outside is what comes from before 0 or from `width` on: at the one end of a row or at the other
+    fill = np.tile(np.array(fillcolor, np.uint8), width)
+    begin = 3 * np.ceil(-0.5 - shifts).clip(0, width)[:, None]
+    end = 3 * np.ceil(width - 0.5 - shifts).clip(0, width)[:, None]
+    places = np.arange(3 * width)
+    left, right = slice(int(begin.max())), slice(int(end.min()), None)
+    moved[:, left] = np.where(places[left] < begin, fill[left], moved[:, left])
+    moved[:, right] = np.where(places[right] >= end, fill[right], moved[:, right])
+    return Image.fromarray(moved.reshape(height, width, 3))
 
 
 def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
-    """PIL's weights (4, lines) of the pixels at -1, 0, 1 and 2 for points at a fraction in [0, 1)."""
+    """PIL's weights (4, rows) of the pixels at -1, 0, 1 and 2 for points at a fraction in [0, 1)."""
     d = fraction
     return np.stack([-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2])

@@ -24,6 +24,7 @@ class StreamingSettings:
             so 7 outlast a minute without the store.
         shuffle_algo: One of `SHUFFLE_ALGOS`. `py1e` mixes the samples of many shards; `py1s` those of as many shards
             as there are canonical nodes.
+        shuffle_block_size: Samples that `py1e` and `py1br` mix; a cache should hold the shards of twice as many.
         num_canonical_nodes: Parts that the shards are dealt to; the same number gives the same order on any number of
             machines that divides it. None: the number of machines that training starts on.
     """
@@ -34,6 +35,7 @@ class StreamingSettings:
     predownload: int | None = None
     download_retry: int = 7
     shuffle_algo: str = "py1e"
+    shuffle_block_size: int = 2**18
     num_canonical_nodes: int | None = None
 
 
@@ -53,7 +55,7 @@ def check_streaming(settings: StreamingSettings, *, name: str) -> None:
     for key in ("local", "cache_limit"):
         if s.remote is None and getattr(s, key) is not None:
             raise InputError(f"data.{key} must be null without data.remote, got {getattr(s, key)!r}")
-    for key in ("predownload", "download_retry", "num_canonical_nodes"):
+    for key in ("predownload", "download_retry", "shuffle_block_size", "num_canonical_nodes"):
         value = getattr(s, key)
         if value is not None and value < 1:
             raise InputError(f"data.{key} must be at least 1, got {value}")

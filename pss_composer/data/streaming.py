@@ -75,6 +75,7 @@ class StreamingImages(StreamingDataset):
                 batch_size=batch_size,
                 shuffle=shuffle,
                 shuffle_algo=settings.shuffle_algo,
+                shuffle_block_size=settings.shuffle_block_size,
                 shuffle_seed=seed,
             )
         except InputError:
