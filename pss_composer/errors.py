@@ -13,6 +13,11 @@ class InputError(ValueError):
     """
 
 
+def to_line(error: BaseException) -> str:
+    """The message of an exception in one line, or its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def exit_on_input_error(*, debug: bool) -> Iterator[None]:
     """Ends the program with one line and exit status 1 on an `InputError`; with its traceback under `debug`."""

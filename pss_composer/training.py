@@ -21,6 +21,7 @@ from composer.utils import FSDP2Config, FSDPConfig, dist, reproducibility
 from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.checkpoints import LATEST, find_latest, load_checkpoint, load_pretrained
 from pss_composer.data import build_dataspec, restore_generators
+from pss_composer.data.loader import name_dead_worker
 from pss_composer.ema import EMA
 from pss_composer.errors import InputError, exit_on_input_error, name_argument
 from pss_composer.loggers import JSONLinesLogger
@@ -199,7 +200,8 @@ def train(recipe: Recipe) -> Trainer:
     if not is_at_end:
         restore_generators(trainer)
         try:
-            trainer.fit()
+            with name_dead_worker():
+                trainer.fit()
         except InputError:
             trainer.close()
             remove_empty_run(recipe)

@@ -303,6 +303,15 @@ def test_operations_give_the_pixels_of_pil(operation, resample, photographs):
                 assert min(size) < 8 or (difference > 0).mean() < 0.05, (size, factor)
 
 
+@pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x_rel", "translate_y_rel"])
+def test_flat_areas_stay_flat(name):
+    operation = FASTER[getattr(auto_augment, name)]
+    for value, factor in itertools.product((255, 200, 128, 77, 1), SHIFTS):
+        image = Image.new("RGB", (61, 45), (value,) * 3)
+        moved = operation(image, factor, fillcolor=(0, 0, 0), resample=Image.Resampling.BICUBIC)
+        assert set(np.unique(np.asarray(moved))) <= {0, value}
+
+
 def test_operations_are_replaced_that_timm_uses():
     prepare = Preparation(Augmentation(), 224)
     replaced = {op.name for op in prepare.rand_augment.ops if op.aug_fn in FASTER.values()}

@@ -350,7 +350,7 @@ def test_views_of_an_image_are_different_pictures(name, form, paths):
     assert len(spec.dataloader) == 4
     images = torch.cat([images for images, _ in read_inputs(spec, epochs=2)])
     assert len(images) == 72
-    # the first quarter of the 12 places of a batch are view 0 of three images, and so on
+    # the first three places of a batch of nine have view 0 of three images, and so on
     for first in range(0, 72, 9):
         views = images[first:first + 9].view(3, 3, -1)
         assert not any((views[a] == views[b]).all(-1).any() for a, b in ((0, 1), (0, 2), (1, 2)))

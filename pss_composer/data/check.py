@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from pss_composer.data.decoding import decode_tensor
 from pss_composer.data.imagenet import SPLITS
-from pss_composer.data.stores import Store, hide_password, open_store, to_line, with_retries
-from pss_composer.errors import InputError
+from pss_composer.data.stores import Store, hide_password, open_store, with_retries
+from pss_composer.errors import InputError, to_line
 
 
 class BadShard(ValueError):

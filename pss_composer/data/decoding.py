@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from pss_composer.errors import to_line
+
 
 class BadImage(ValueError):
     """Bytes that are no whole picture; one line with the decoder's reason."""
@@ -34,7 +36,7 @@ def decode_tensor(data: bytes) -> Tensor:
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        raise BadImage(_to_line(error)) from None
+        raise BadImage(to_line(error)) from None
 
 
 def decode_pil(data: bytes) -> Image.Image:
@@ -46,8 +48,4 @@ def decode_pil(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except Exception as error:  # what PIL's many decoders raise for broken files has no common class
-        raise BadImage(_to_line(error)) from None
-
-
-def _to_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(to_line(error)) from None

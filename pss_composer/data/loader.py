@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def name_dead_worker() -> Iterator[None]:
+    """Turns torch's error about a worker that was killed into an `InputError`.
+
+    torch raises it wherever the main process is when it hears of it, not only where a batch is asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(f"data.num_workers must be processes that stay alive, but a {to_line(error)}") from error
 
 
 class Loader(DataLoader):
@@ -20,7 +35,7 @@ class Loader(DataLoader):
         num_skipped: Bad samples so far, over all epochs.
 
     Raises:
-        InputError: When iterated: a sample or shard is broken, in the worker's own words, or a worker was killed.
+        InputError: When iterated: a sample or shard is broken, in the worker's own words.
     """
 
     num_skipped = 0
@@ -36,8 +51,3 @@ class Loader(DataLoader):
             # torch puts the worker's traceback into the message, which ends with that of the error itself
             message = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
             raise type(error)(message) from error
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            reason = " ".join(str(error).split())
-            raise InputError(f"data.num_workers must be processes that stay alive, but {reason}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 
 BACKOFFS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 
@@ -288,11 +288,6 @@ def with_retries(store: Store, function: Callable[[], Any], rule: str) -> Any:
             with contextlib.suppress(Exception):
                 store.close()
         time.sleep(backoff)
-
-
-def to_line(error: Exception) -> str:
-    """The message of an exception in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def hide_password(url: str) -> str:
