@@ -22,12 +22,13 @@ class DataWaitMonitor(Callback):
     what is waited for the loader is what the GPU stands still.
 
     The sentence is printed by rank 0, once waiting has taken a tenth or more of `WINDOW` steps; the first step of an
-    epoch, in which workers start, does not count.
+    epoch or of a resumed run, in which workers start, does not count.
     """
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._asked = self._received = 0.0
+        self._epoch = -1  # of the last step
         self._has_told = False
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
@@ -43,8 +44,9 @@ class DataWaitMonitor(Callback):
         if num_skipped is not None:
             metrics["loader/skipped"] = num_skipped
         logger.log_metrics(metrics)
-        if state.timestamp.batch_in_epoch > 1:
+        if state.timestamp.epoch == self._epoch:
             self._steps.append((wait, compute))
+        self._epoch = int(state.timestamp.epoch)
         if len(self._steps) == WINDOW and not self._has_told:
             self._tell(state)
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import socket
+import threading
+import weakref
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
+import s3transfer.utils
 from streaming import Stream
+from streaming.base import util
+from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format.base.reader import Reader
 from streaming.base.hashing import get_hash
+from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
 
 from pss_composer.errors import InputError
@@ -35,11 +41,25 @@ class ShardStream(Stream):
     """
 
     def __init__(self, folder: Path, *, remote: str | None, download_retry: int) -> None:
+        self._connections = threading.local()
         try:
-            super().__init__(remote=remote, local=str(folder), split="", download_retry=download_retry, keep_zip=False)
+            super().__init__(remote=remote, local=str(folder), split="", download_retry=download_retry if remote else 1,
+                             download_timeout=DEFAULT_TIMEOUT, keep_zip=False)
         except Exception as error:  # an unknown scheme, or a store's library that is not installed
             raise InputError(f"data.remote must be a store that streaming reads: {_reason(error, remote)}") from error
         self.folder = folder
+        _draw_apart()
+
+    @property
+    def _downloader(self) -> CloudDownloader:
+        """One for each thread: streaming closes its connection when a download fails, and opens it while in use."""
+        if not hasattr(self._connections, "downloader"):
+            self._connections.downloader = CloudDownloader.get(self.remote)
+        return self._connections.downloader
+
+    @_downloader.setter
+    def _downloader(self, downloader: CloudDownloader) -> None:
+        self._connections.downloader = downloader
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """The shards that the index names; it is fetched first where it is not there yet."""
@@ -49,6 +69,7 @@ class ShardStream(Stream):
             shards = super().get_shards(world, allow_unsafe_types)
         except Exception as error:  # what each store's library raises
             raise InputError(f"data.remote must hold an index.json: {_reason(error, self.remote)}") from error
+        self._downloader.clean_up()  # workers are forked from here, and a connection does not survive that
         check_index(self.folder)
         for shard in shards:
             column = shard.column_names.index("x")
@@ -68,6 +89,8 @@ class ShardStream(Stream):
                 delta = super().prepare_shard(shard)
             except Exception as error:  # what each store's library raises
                 key, rule = ("data.path", "keep") if self.remote is None else ("data.remote", "give")
+                if self.remote is not None:
+                    _remove_files(self.folder, shard)  # a packed one may be there, and not unpack
                 raise InputError(f"{key} must {rule} {name}: {_reason(error, self.remote)}") from error
             if _is_whole(self.folder, shard):
                 return delta
@@ -77,12 +100,15 @@ class ShardStream(Stream):
 
 
 class CacheLock:
-    """Keeps other runs from a cache while this one uses it, until this process ends, however it does.
+    """Keeps other runs from a cache while this one uses it, until this object or the process ends, however it does.
 
     streaming counts what is in a cache by what it has fetched itself.
 
     Args:
         folder: The cache; it is made where it is not there.
+
+    Attributes:
+        release: Gives the cache up before that.
 
     Raises:
         InputError: Another run holds it.
@@ -91,20 +117,19 @@ class CacheLock:
     def __init__(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = (folder / LOCK_FILE).open("a+")
+            file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(f"data.local must be a folder that can be written, got {str(folder)!r}: {error}") from None
+        self.release = weakref.finalize(self, os.close, file)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read() or "another process"
-            self._file.close()
+            owner = os.read(file, 1000).decode() or "another process"
+            self.release()
             message = f"data.local must be a cache for one run at a time, {str(folder)!r} is used by {owner}"
             raise InputError(message) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def check_index(folder: Path) -> None:
@@ -143,6 +168,11 @@ def hide_password(url: str) -> str:
     """A URL as it may stand in a message."""
     password = urlsplit(url).password
     return url if password is None else url.replace(f":{password}@", ":***@", 1)
+
+
+def _draw_apart() -> None:
+    """Let fetching draw the names of unfinished files, and waits, from another generator than training does."""
+    util.random = s3transfer.utils.random = random.Random()
 
 
 def _reason(error: Exception | str, remote: str | None) -> str:

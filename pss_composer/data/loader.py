@@ -39,8 +39,11 @@ class Loader(DataLoader):
     """
 
     num_skipped = 0
+    _failure: InputError | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._failure is not None:
+            raise self._failure  # the other workers would wait for the one that has failed
         try:
             for images, labels, messages in super().__iter__():
                 self.num_skipped += len(messages)
@@ -50,4 +53,5 @@ class Loader(DataLoader):
         except InputError as error:
             # torch puts the worker's traceback into the message, which ends with that of the error itself
             message = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-            raise type(error)(message) from error
+            self._failure = type(error)(message)
+            raise self._failure from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from composer.utils import dist
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -22,17 +26,36 @@ def remove_stale_segments() -> None:
     """
     if not SHARED_MEMORY.is_dir():
         return
-    leftovers = {}  # path -> number
-    for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for path in folder.iterdir():
-            match = NAME.fullmatch(path.name)
-            if match and path.stat().st_uid == os.getuid():
-                leftovers[path] = match[1]
-    if leftovers:
-        in_use = _find_numbers_in_use()
-        for path, number in leftovers.items():
-            if number not in in_use:
-                path.unlink(missing_ok=True)
+    with _locked():
+        leftovers = {}  # path -> number
+        for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+            for path in folder.iterdir():
+                match = NAME.fullmatch(path.name)
+                if match and path.lstat().st_uid == os.getuid():
+                    leftovers[path] = match[1]
+        if leftovers:
+            in_use = _find_numbers_in_use()
+            for path, number in leftovers.items():
+                if number not in in_use:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def taking_a_number() -> Iterator[None]:
+    """One run after another: streaming looks for a number that is free, and takes it a moment later.
+
+    For every process of a run around what makes a dataset; the others wait for the first one of their machine.
+    """
+    with _locked() if dist.get_local_rank() == 0 else nullcontext():
+        dist.barrier()
+        yield
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    with Path(tempfile.gettempdir(), f"pss_composer.{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _find_numbers_in_use() -> set[str]:

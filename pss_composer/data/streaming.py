@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from time import time_ns
+from time import sleep, time_ns
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.batching import batching_methods
+from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
@@ -23,8 +24,9 @@ from pss_composer.data.cache import CacheLock, ShardStream, is_complete
 from pss_composer.data.decoding import BadImage
 from pss_composer.data.randomness import derive_seed
 from pss_composer.data.settings import StreamingSettings
+from pss_composer.data.shared_memory import taking_a_number
 from pss_composer.data.transforms import Transform
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 
 
 class StreamingImages(StreamingDataset):
@@ -61,28 +63,37 @@ class StreamingImages(StreamingDataset):
     ) -> None:
         if remote is not None and settings.cache_limit is None and is_complete(folder):
             remote = None  # nothing to fetch: any number of runs may read it, without the store
-        if remote is not None and dist.get_local_rank() == 0:
-            self._cache_lock = CacheLock(folder)
-        num_machines = dist.get_world_size() // dist.get_local_world_size()
-        stream = ShardStream(folder, remote=remote, download_retry=settings.download_retry)
-        try:
-            super().__init__(
-                streams=[stream],
-                cache_limit=settings.cache_limit if remote else None,
-                predownload=settings.predownload,
-                # by default `py1s` and `py2s` have 64 per machine, all made equally long by repeating images
-                num_canonical_nodes=settings.num_canonical_nodes or num_machines,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                shuffle_algo=settings.shuffle_algo,
-                shuffle_block_size=settings.shuffle_block_size,
-                shuffle_seed=seed,
-            )
-        except InputError:
-            raise
-        except ValueError as error:  # of a limit that cannot hold the shards it must, and of a cache that is in use
-            key = "data.cache_limit" if "ache" in str(error) else "data.local"
-            raise InputError(f"{key} must fit: {' '.join(str(error).split())}") from error
+        with ExitStack() as on_failure:  # a dataset that is refused, but still there, must not keep the cache
+            if remote is not None and dist.get_local_rank() == 0:
+                self._cache_lock = CacheLock(folder)
+                on_failure.callback(self._cache_lock.release)
+            num_machines = dist.get_world_size() // dist.get_local_world_size()
+            stream = ShardStream(folder, remote=remote, download_retry=settings.download_retry)
+            stream.get_shards(World.detect(), allow_unsafe_types=False)  # here, for it may wait for the store
+            try:
+                with taking_a_number():
+                    super().__init__(
+                        streams=[stream],
+                        cache_limit=settings.cache_limit if remote else None,
+                        predownload=settings.predownload,
+                        # by default `py1s` and `py2s` have 64 per machine, all made equally long by repeating images
+                        num_canonical_nodes=settings.num_canonical_nodes or num_machines,
+                        batch_size=batch_size,
+                        shuffle=shuffle,
+                        shuffle_algo=settings.shuffle_algo,
+                        shuffle_block_size=settings.shuffle_block_size,
+                        shuffle_seed=seed,
+                    )
+            except InputError:
+                raise
+            except ValueError as error:  # of a limit that cannot hold the shards it must, and of a cache that is in use
+                key = "data.local" if str(error).startswith("Reused") else "data.cache_limit"
+                raise InputError(f"{key} must fit: {to_line(error)}") from error
+            num_bytes = stream.get_index_size() + max(shard.get_max_size() for shard in self.shards)
+            if self.cache_limit and self.cache_limit < num_bytes:  # streaming would find nothing to evict, and hang
+                raise InputError(f"data.cache_limit must fit the index and a shard, {num_bytes} bytes, "
+                                 f"got {self.cache_limit}")
+            on_failure.pop_all()
         self.batching_method = "views"
         self.transform = transform
         self.seed = seed
@@ -99,11 +110,13 @@ class StreamingImages(StreamingDataset):
         Raises:
             InputError: A sample, or a shard of it, is broken or cannot be fetched.
         """
+        if self._failure is not None:
+            raise self._failure
         try:
             yield from super().__iter__()
-        except RuntimeError:
-            if self._failure is None:
-                raise
+        finally:
+            if hasattr(self, "_iterator"):
+                self._iterator.non_blocking_exit()  # else the threads of an epoch that is left early would go on
         # streaming ends the epoch early, without an error, where one of its threads has failed
         if self._failure is not None:
             raise self._failure
@@ -121,14 +134,20 @@ class StreamingImages(StreamingDataset):
         shard_id, place = self.spanner[index]
         name = f"sample {place} of {self.shards[shard_id].raw_data.basename} in {self.streams[0].local!r}"
         try:
-            sample = super().get_item(index, retry)
-        except (IndexError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            # offsets or lengths in the shard that lead nowhere
-            raise BadSample(f"{name} must be whole, got {' '.join(str(error).split())!r}") from error
+            with np.errstate(over="ignore"):  # of an offset that is larger than the next one
+                sample = super().get_item(index, retry)
+            label = int(sample["y"])
+        except InputError:
+            raise
+        except RuntimeError as error:  # a thread has failed, or other workers evict the shard again and again
+            message = f"data.cache_limit must leave {name} in the cache while it is read: {to_line(error)}"
+            raise self._failure or InputError(message) from error
+        except OSError as error:
+            raise InputError(f"{name} must be readable, got {to_line(error)!r}") from error
+        except (IndexError, ValueError, TypeError, MemoryError) as error:  # offsets or lengths that lead nowhere
+            raise BadSample(f"{name} must be whole, got {to_line(error)!r}") from error
         try:
-            return self.transform(sample["x"], seed), int(sample["y"])
+            return self.transform(sample["x"], seed), label
         except BadImage as error:
             raise BadSample(f"{name} must decode, got {str(error)!r}") from error
 
@@ -145,11 +164,38 @@ class StreamingImages(StreamingDataset):
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
-    def on_exception(self, future: Future) -> None:
-        """Stop iterating where a thread that fetches shards has failed."""
-        if future.exception() is not None:
-            self._failure = future.exception()
+    def _prepare_thread(self, it: _Iterator) -> None:
+        with self._stopping(it):
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Follow the thread that fetches shards, and fetch those that are not there (again).
+
+        streaming's own waits for ever for a shard that another worker evicts, or fails to fetch, at that moment.
+        """
+        with self._stopping(it):
+            while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
+                sample_id = it.sample_ids[it.ready_index]
+                shard_id = None if sample_id == -1 else self.spanner[sample_id][0]
+                if it.ready_index - it.yield_index > self.predownload:
+                    sleep(TICK)
+                elif shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
+                    it.ready_index += 1
+                elif self._shard_states[shard_id] == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, blocking=False)
+                else:
+                    sleep(TICK)
+            it.on_exit()
+
+    @contextmanager
+    def _stopping(self, it: _Iterator) -> Iterator[None]:
+        """Lets an error in a thread stop the others; `__iter__` raises it."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = error
             self._event.set()
+            it.on_exit()
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         keys = super()._get_work(epoch, sample_in_epoch)
