@@ -554,7 +554,7 @@ def test_a_remote_that_does_not_answer(source, monkeypatch):
     monkeypatch.setattr(stores, "BACKOFFS", (0.01,))
     with pytest.raises(InputError) as error:
         convert(source, "sftp://user:secret@127.0.0.1:1/out")
-    assert str(error.value).startswith("OUT must be readable at sftp://user:...@127.0.0.1:1/out, got ")
+    assert str(error.value).startswith("OUT must be readable at sftp://user:***@127.0.0.1:1/out, got ")
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 

@@ -10,7 +10,6 @@ import socket
 import threading
 import weakref
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import s3transfer.utils
 from streaming import Stream
@@ -21,7 +20,8 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
 
-from pss_composer.errors import InputError
+from pss_composer.data.stores import hide_password
+from pss_composer.errors import InputError, to_line
 
 LOCK_FILE = ".used_by"
 
@@ -164,19 +164,13 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def hide_password(url: str) -> str:
-    """A URL as it may stand in a message."""
-    password = urlsplit(url).password
-    return url if password is None else url.replace(f":{password}@", ":***@", 1)
-
-
 def _draw_apart() -> None:
     """Let fetching draw the names of unfinished files, and waits, from another generator than training does."""
     util.random = s3transfer.utils.random = random.Random()
 
 
 def _reason(error: Exception | str, remote: str | None) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = to_line(error) if isinstance(error, Exception) else error
     if remote is None:
         return reason
     return f"got {reason.replace(remote, hide_password(remote))!r} from {hide_password(remote)}"

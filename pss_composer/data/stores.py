@@ -293,7 +293,7 @@ def with_retries(store: Store, function: Callable[[], Any], rule: str) -> Any:
 def hide_password(url: str) -> str:
     """The URL for people to read."""
     password = urlsplit(url).password
-    return url.replace(f":{password}@", ":...@", 1) if password else url
+    return url.replace(f":{password}@", ":***@", 1) if password else url
 
 
 def _is_missing(error: Exception) -> bool:
