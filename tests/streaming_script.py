@@ -7,7 +7,10 @@ for the output. It prints the process id of each; the exit status goes to the fi
 """
 
 import atexit
+import contextlib
 import gc
+import http.client
+import http.server
 import itertools
 import json
 import os
@@ -69,6 +72,43 @@ def read(folder, options, num_epochs):
                 while not (folder / "go").exists():
                     time.sleep(0.01)
     (folder / "labels.json").write_text(json.dumps(epochs))
+
+
+def proxy(folder, port, target, fail_every):
+    """Passes requests on to a server; of every few it fails one, by an answer or by none, in turn.
+
+    Args:
+        folder: The file `requests` in it grows by a byte with each request.
+        port: To listen at.
+        target: Port of the server.
+        fail_every: 5 fails each fifth request; None, no request.
+    """
+    numbers = itertools.count(1)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            number = next(numbers)
+            with (Path(folder) / "requests").open("a") as file:
+                file.write(".")
+            if fail_every and number % fail_every == 0:
+                if number // fail_every % 2:
+                    self.send_error(500)
+                return
+            server = http.client.HTTPConnection("127.0.0.1", target, timeout=10)
+            with contextlib.closing(server):
+                server.request(self.command, self.path, headers=dict(self.headers))
+                answer = server.getresponse()
+                body = answer.read()
+            self.send_response(answer.status)
+            for key, value in answer.getheaders():
+                if key.lower() not in ("connection", "transfer-encoding"):
+                    self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def run(function, arguments):

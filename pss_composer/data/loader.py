@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,7 @@ def name_dead_worker() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises it again with every worker that ends now
         raise InputError(f"data.num_workers must be processes that stay alive, but a {to_line(error)}") from error
 
 
