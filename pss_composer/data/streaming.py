@@ -63,12 +63,12 @@ class StreamingImages(StreamingDataset):
     ) -> None:
         if remote is not None and settings.cache_limit is None and is_complete(folder):
             remote = None  # nothing to fetch: any number of runs may read it, without the store
+        num_machines = dist.get_world_size() // dist.get_local_world_size()
+        stream = ShardStream(folder, remote=remote, download_retry=settings.download_retry)
         with ExitStack() as on_failure:  # a dataset that is refused, but still there, must not keep the cache
             if remote is not None and dist.get_local_rank() == 0:
                 self._cache_lock = CacheLock(folder)
                 on_failure.callback(self._cache_lock.release)
-            num_machines = dist.get_world_size() // dist.get_local_world_size()
-            stream = ShardStream(folder, remote=remote, download_retry=settings.download_retry)
             stream.get_shards(World.detect(), allow_unsafe_types=False)  # here, for it may wait for the store
             try:
                 with taking_a_number():
