@@ -594,6 +594,25 @@ def test_what_a_killed_process_leaves_is_removed_and_that_of_others_not(data, tm
     assert epochs == [flatten(expected[:5]), flatten(expected[5:])]
 
 
+def count_open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_datasets_that_are_dropped_leave_no_memory_and_no_open_files(data, expected, num_workers):
+    gc.collect()
+    files, memory = None, set(find_memory())
+    for _ in range(4):
+        spec = build(data, num_workers=num_workers)
+        assert read_epoch(spec) == expected[:5]
+        next(iter(spec.dataloader))  # and an epoch that is left
+        del spec
+        gc.collect()
+        wait_until(lambda: set(find_memory()) <= memory)  # its threads hold it until they end
+        files = files or count_open_files()
+    assert count_open_files() <= files
+
+
 def test_leftovers_in_a_cache_do_no_harm(data, tmp_path, expected):
     cache = tmp_path / "train"
     shutil.copytree(data / "train", cache)

@@ -1,17 +1,20 @@
-"""What runs that were killed leave of streaming in shared memory."""
+"""What streaming leaves in shared memory: of runs that were killed, and of datasets that are no longer used."""
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from composer.utils import dist
+from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
+from streaming.base.shared import SharedArray, SharedBarrier, SharedMemory, SharedScalar, prefix
 
 SHARED_MEMORY = Path("/dev/shm")
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
@@ -31,8 +34,9 @@ def remove_stale_segments() -> None:
         for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
             for path in folder.iterdir():
                 match = NAME.fullmatch(path.name)
-                if match and path.lstat().st_uid == os.getuid():
-                    leftovers[path] = match[1]
+                with suppress(FileNotFoundError):  # another run ends
+                    if match and path.lstat().st_uid == os.getuid():
+                        leftovers[path] = match[1]
         if leftovers:
             in_use = _find_numbers_in_use()
             for path, number in leftovers.items():
@@ -40,15 +44,40 @@ def remove_stale_segments() -> None:
                     path.unlink(missing_ok=True)
 
 
+def free_segments(dataset: StreamingDataset) -> None:
+    """Free the shared memory of a dataset that is no longer used, in the process that made it.
+
+    streaming keeps it to the end of the process, and six open files with it, of which many systems allow a process 1024.
+    """
+    for value in vars(dataset).values():
+        if isinstance(value, SharedBarrier):
+            value = value._arr
+        elif isinstance(value, SharedScalar):
+            value = value.arr
+        segment = value.shm if isinstance(value, SharedArray) else value
+        if isinstance(segment, SharedMemory) and segment.buf is not None:
+            segment.cleanup()
+            atexit.unregister(segment.cleanup)  # another dataset may have the number by then
+
+
 @contextmanager
 def taking_a_number() -> Iterator[None]:
     """One run after another: streaming looks for a number that is free, and takes it a moment later.
 
     For every process of a run around what makes a dataset; the others wait for the first one of their machine.
+    streaming looks by opening six files of each dataset that there is, and leaves them open; here they are closed.
     """
     with _locked() if dist.get_local_rank() == 0 else nullcontext():
         dist.barrier()
-        yield
+        prefix.SharedMemory = _open_segment
+        try:
+            yield
+        finally:
+            prefix.SharedMemory = SharedMemory
+
+
+def _open_segment(name: str, create: bool, size: int = 0) -> SharedMemory:
+    return SharedMemory(name, create, size, auto_cleanup=create)
 
 
 @contextmanager
