@@ -26,6 +26,7 @@ from pss_composer.__main__ import main
 from pss_composer.data import shards, stores
 from pss_composer.data.check import check_data
 from pss_composer.data.convert import convert_images
+from pss_composer.data.shared_memory import free_when_dropped, taking_a_number
 from pss_composer.errors import InputError
 
 CLASSES = ["n01440764", "n01443537", "n02102040"]
@@ -88,9 +89,11 @@ def files_of(source, split):
 
 def read_back(folder, **options):
     """Bytes and label of every image, as streaming reads them."""
-    dataset = StreamingImageNet(
-        local=str(folder), batch_size=1, transform=lambda image: image.fp.getvalue(), **options
-    )
+    with taking_a_number():
+        dataset = StreamingImageNet(
+            local=str(folder), batch_size=1, transform=lambda image: image.fp.getvalue(), **options
+        )
+    free_when_dropped(dataset)
     return [dataset[index] for index in range(len(dataset))]
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from weakref import finalize
 
 from composer.utils import dist
 from streaming import StreamingDataset
@@ -44,18 +45,36 @@ def remove_stale_segments() -> None:
                     path.unlink(missing_ok=True)
 
 
-def free_segments(dataset: StreamingDataset) -> None:
-    """Free the shared memory of a dataset that is no longer used, in the process that made it.
+def free_when_dropped(dataset: StreamingDataset) -> list[SharedMemory]:
+    """Have the shared memory of a dataset freed as soon as nothing refers to the dataset any more.
 
-    streaming keeps it to the end of the process, and six open files with it, of which many systems allow a process 1024.
+    streaming keeps it to the end of the process, with six open files, of which many systems allow a process 1024.
+
+    Returns:
+        What is freed then; a segment that is made later may be appended.
     """
+    segments = find_segments(dataset)
+    finalize(dataset, _free, segments, os.getpid()).atexit = False  # streaming's own do it there
+    return segments
+
+
+def find_segments(dataset: StreamingDataset) -> list[SharedMemory]:
+    """The shared memory that a dataset uses."""
+    segments = []
     for value in vars(dataset).values():
         if isinstance(value, SharedBarrier):
             value = value._arr
         elif isinstance(value, SharedScalar):
             value = value.arr
         segment = value.shm if isinstance(value, SharedArray) else value
-        if isinstance(segment, SharedMemory) and segment.buf is not None:
+        if isinstance(segment, SharedMemory):
+            segments.append(segment)
+    return segments
+
+
+def _free(segments: list[SharedMemory], process: int) -> None:
+    if process == os.getpid():  # a worker has a copy of the dataset
+        for segment in segments:
             segment.cleanup()
             atexit.unregister(segment.cleanup)  # another dataset may have the number by then
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from os import getpid
 from pathlib import Path
 from time import sleep, time_ns
 from typing import Any
@@ -25,7 +24,7 @@ from pss_composer.data.cache import CacheLock, ShardStream, is_complete
 from pss_composer.data.decoding import BadImage
 from pss_composer.data.randomness import derive_seed
 from pss_composer.data.settings import StreamingSettings
-from pss_composer.data.shared_memory import free_segments, taking_a_number
+from pss_composer.data.shared_memory import free_when_dropped, taking_a_number
 from pss_composer.data.transforms import Transform
 from pss_composer.errors import InputError, to_line
 
@@ -62,7 +61,6 @@ class StreamingImages(StreamingDataset):
         repeats: int,
         on_bad_sample: str,
     ) -> None:
-        self._process = getpid()
         if remote is not None and settings.cache_limit is None and is_complete(folder):
             remote = None  # nothing to fetch: any number of runs may read it, without the store
         num_machines = dist.get_world_size() // dist.get_local_world_size()
@@ -86,6 +84,7 @@ class StreamingImages(StreamingDataset):
                         shuffle_block_size=settings.shuffle_block_size,
                         shuffle_seed=seed,
                     )
+                    self._segments = free_when_dropped(self)
             except InputError:
                 raise
             except ValueError as error:  # of a limit that cannot hold the shards it must, and of a cache that is in use
@@ -105,11 +104,6 @@ class StreamingImages(StreamingDataset):
         self._views: NDArray[np.int64] | None = None  # of the samples of this worker in this epoch
         self._view = 0
         self._failure: BaseException | None = None
-
-    def __del__(self) -> None:
-        super().__del__()
-        if self._process == getpid():  # workers have copies
-            free_segments(self)
 
     def __iter__(self) -> Iterator[Sample]:
         """This worker's samples of the next epoch.
@@ -214,6 +208,11 @@ class StreamingImages(StreamingDataset):
         for sample_id in super()._each_sample_id(it):
             self._view = int(self._views[it.yield_index])
             yield sample_id
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on at a place in the data."""
+        super().load_state_dict(obj)
+        self._segments.append(self._resume_shm)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """The place in the data, as Composer stores it in checkpoints."""
