@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[flo
     # on the device that the Trainer of `evaluate` takes
     data = build_data(run.recipe, "val", "cuda" if torch.cuda.is_available() else "cpu")
     metrics = evaluate(run.model, run.patch_sampler, data, keep_rates)
-    gc.collect()  # the loader's workers must be gone before the next loader forks its own
+    data.dataloader.close()
     return metrics
 
 

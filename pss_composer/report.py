@@ -199,7 +199,9 @@ def _kept_pixels(patch_sampler: Any, images: torch.Tensor, patch_size: int) -> t
 
 def _first_batch(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     data = build_data(recipe, "val")
-    return data.batch_transforms(next(iter(data.dataloader)))
+    batch = data.batch_transforms(next(iter(data.dataloader)))
+    data.dataloader.close()
+    return batch
 
 
 def _to_pixels(images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:

@@ -203,10 +203,10 @@ def train(recipe: Recipe) -> Trainer:
             with name_dead_worker():
                 trainer.fit()
         except InputError:
-            trainer.close()
+            _close(trainer)
             remove_empty_run(recipe)
             raise
-    trainer.close()
+    _close(trainer)
     return trainer
 
 
@@ -221,6 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with exit_on_input_error(debug=options.debug):
         train(load_recipe(options.recipe, options.overrides))
+
+
+def _close(trainer: Trainer) -> None:
+    trainer.close()  # ends the workers of the training data alone
+    for evaluator in trainer.state.evaluators:
+        evaluator.dataloader.dataloader.close()
 
 
 @contextmanager

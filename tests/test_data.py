@@ -80,8 +80,7 @@ def read_inputs(spec, epochs=1):
 def shut_down_workers(*specs):
     """What Composer does for the training data alone; left to the garbage collector, it may happen in a fork."""
     for spec in specs:
-        if spec.dataloader._iterator is not None:
-            spec.dataloader._iterator._shutdown_workers()
+        spec.dataloader.close()
 
 
 def assert_same_batches(batches, expected):

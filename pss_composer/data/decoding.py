@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -47,5 +47,7 @@ def decode_pil(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
+    except UnidentifiedImageError:  # names an object at an address
+        raise BadImage("cannot identify image file") from None
     except Exception as error:  # what PIL's many decoders raise for broken files has no common class
         raise BadImage(to_line(error)) from None

@@ -43,6 +43,11 @@ class Loader(DataLoader):
     num_skipped = 0
     _failure: InputError | None = None
 
+    def close(self) -> None:
+        """End the workers. torch waits 5 s for each worker of a loader that is left to the garbage collector."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._failure is not None:
             raise self._failure  # the other workers would wait for the one that has failed
