@@ -256,6 +256,28 @@ def test_workers_end_with_their_parent(source, tmp_path):
     assert len(workers) == 3
 
 
+def test_two_conversions_do_not_write_at_once(source, converted, tmp_path):
+    out = tmp_path / "out"
+    with running("convert", source, out, "--shard-size", SHARD_SIZE, "--workers", 1) as process:
+        wait_for_files(out / "train", "shard.*.json", 1)
+        os.kill(process.pid, signal.SIGSTOP)  # else it may be at its end before the second one gives up
+        with pytest.raises(InputError, match="OUT must be written by one conversion at a time.*train"):
+            convert(source, out)
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(WAIT)
+        assert process.exitcode == 0
+    assert contents(out) == contents(converted)
+
+
+def test_a_file_system_without_locks_is_none_the_worse(source, converted, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(converted)
+
+
 def test_a_broken_record_or_shard_is_written_again(source, converted, tmp_path):
     out = tmp_path / "out"
     with running("convert", source, out, "--shard-size", SHARD_SIZE, "--workers", 1) as process:

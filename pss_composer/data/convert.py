@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,7 @@ FORMAT = 1  # another number makes other shards of the same images
 SHUFFLE_SEED = 0
 MAX_SHARD_SIZE = 2**30  # MDS counts bytes with 32 bits
 OWN_NAMES = re.compile(r"\.parts|(\.?(plan|classes|index)\.json|\.?shard\.\d{5,}\.mds)(\.part)?")
+LOCK_WAIT = 5  # s
 
 
 def convert_images(
@@ -231,9 +234,31 @@ def _open_workspace(store: Store, name: str) -> Iterator[Path]:
     """A folder for unfinished shards: of a folder within it, for a rename does not cross file systems."""
     if isinstance(store, LocalStore):
         workspace = store.root / name / ".parts"
-        workspace.mkdir(exist_ok=True)
-        yield workspace
-        shutil.rmtree(workspace)
+        with _locked(workspace.parent):
+            workspace.mkdir(exist_ok=True)
+            yield workspace
+            shutil.rmtree(workspace)
     else:
         with tempfile.TemporaryDirectory(prefix="pss-convert-") as folder:
             yield Path(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other conversions on this machine out of a folder, until the workers have ended, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for seconds_left in reversed(range(LOCK_WAIT)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # also by workers whose conversion was killed a moment ago
+                if not seconds_left:
+                    raise InputError(f"OUT must be written by one conversion at a time, another one writes to "
+                                     f"{str(folder)!r}") from None
+                time.sleep(1)
+            except OSError:  # a file system that cannot lock folders, such as NFS
+                break
+        yield
+    finally:
+        os.close(handle)
