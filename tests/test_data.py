@@ -90,6 +90,19 @@ def assert_same_batches(batches, expected):
         assert torch.equal(labels, expected_labels)
 
 
+@pytest.mark.parametrize("name", ["folder", "streaming"])
+def test_a_loader_that_was_closed_has_no_workers_and_starts_anew(name, paths):
+    loader = build(name, paths, "val", num_workers=2).dataloader
+    expected = list(loader)
+    workers = loader._iterator._workers
+    assert all(worker.is_alive() for worker in workers)
+    for _ in range(2):
+        loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert_same_batches(list(loader), expected)
+    loader.close()
+
+
 # what a source gives
 
 

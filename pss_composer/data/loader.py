@@ -44,9 +44,13 @@ class Loader(DataLoader):
     _failure: InputError | None = None
 
     def close(self) -> None:
-        """End the workers. torch waits 5 s for each worker of a loader that is left to the garbage collector."""
+        """End the workers; another pass would start new ones.
+
+        torch waits 5 s for each worker of a loader that is left to the garbage collector.
+        """
         if self._iterator is not None:
             self._iterator._shutdown_workers()
+            self._iterator = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._failure is not None:

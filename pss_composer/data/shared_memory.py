@@ -53,12 +53,12 @@ def free_when_dropped(dataset: StreamingDataset) -> list[SharedMemory]:
     Returns:
         What is freed then; a segment that is made later may be appended.
     """
-    segments = find_segments(dataset)
+    segments = _find_segments(dataset)
     finalize(dataset, _free, segments, os.getpid()).atexit = False  # streaming's own do it there
     return segments
 
 
-def find_segments(dataset: StreamingDataset) -> list[SharedMemory]:
+def _find_segments(dataset: StreamingDataset) -> list[SharedMemory]:
     """The shared memory that a dataset uses."""
     segments = []
     for value in vars(dataset).values():
