@@ -29,7 +29,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.step_time import describe_machine, positive_int, print_table
 from pss_composer.data import Augmentation, build_dataspec
-from pss_composer.data.convert import convert_images
+from pss_composer.data.prepare.convert import convert_images
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 NUM_CLASSES = 10

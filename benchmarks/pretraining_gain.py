@@ -14,10 +14,10 @@ from statistics import mean
 
 from benchmarks.step_time import describe_machine, positive_int, print_table
 from pss_composer.checkpoints import LATEST
-from pss_composer.evaluation import KEEP_RATES, evaluate_run, load_run
-from pss_composer.recipes import load_recipe
-from pss_composer.report import read_metrics, training_seconds
-from pss_composer.training import train
+from pss_composer.evaluation.runs import KEEP_RATES, evaluate_run, load_run
+from pss_composer.training.reading import load_recipe
+from pss_composer.evaluation.pictures import read_metrics, training_seconds
+from pss_composer.training.trainer import train
 
 YAMLS = Path(__file__).parent.parent / "yamls"
 # how the pre-training differs from digits_pretrain.yaml; None is no pre-training

@@ -94,5 +94,5 @@ def read_progress(state: State) -> Progress:
     batch_size = getattr(state.dataloader, "batch_size", None)
     samples_per_batch = batch_size * dist.get_world_size() if isinstance(batch_size, int) else None
     # training ends with the batch that reaches max_duration
-    total_batches = math.ceil(count_batches(state.max_duration, batches_per_epoch, samples_per_batch))
+    total_batches = math.ceil(count_batches(state.max_duration.to_timestring(), batches_per_epoch, samples_per_batch))
     return Progress(int(state.timestamp.batch), total_batches, batches_per_epoch, samples_per_batch)

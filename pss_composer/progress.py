@@ -1,34 +1,54 @@
-"""Training progress, counted in batches."""
+"""Training progress counted in batches, and lengths of training as time strings like `1ep`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from composer.core import Time, TimeUnit
+from pss_composer.errors import InputError
 
-UNITS = ("ep", "ba", "sp", "dur")
+UNITS = ("ep", "ba", "sp", "dur")  # epochs, batches, samples, and the share of all of training
+TIME_STRING = re.compile(r"(.+?)(ep|ba|sp|dur)", re.IGNORECASE)
 
 
-def check_time(time: str, name: str, units: Sequence[str] = UNITS, *, is_zero_allowed: bool = False) -> None:
+def parse_time(time: str) -> tuple[float, str]:
+    """The number and the unit of a time string in Composer's notation.
+
+    Args:
+        time: Like `1ep`, `500ba`, `1e5sp` or `0.1dur`; all but `dur` take whole numbers.
+
+    Raises:
+        ValueError: Not a time string in these units.
+    """
+    match = TIME_STRING.fullmatch(time) if isinstance(time, str) else None
+    if match is None:
+        raise ValueError(f"{time!r} is not a time string in {', '.join(UNITS)}")
+    value, unit = float(match[1]), match[2].lower()
+    if unit != "dur" and not value.is_integer():
+        raise ValueError(f"{time!r} must be a whole number of {unit}")
+    return value, unit
+
+
+def check_time(time: str, key: str, units: Sequence[str] = UNITS, *, is_zero_allowed: bool = False) -> None:
     """Check a time string that a user gave.
 
     Args:
-        time: A Composer time string like `1ep`.
-        name: The argument's or key's name, for the message.
+        time: A time string like `1ep`.
+        key: The argument's name, for the message.
         units: Units that it may be in.
-        is_zero_allowed: Whether it may be of no length.
+        is_zero_allowed: Whether its length may be zero.
 
     Raises:
-        ValueError: It is none, is in another unit, or is too short.
+        InputError: Not a time string, one in another unit, or too short.
     """
     try:
-        duration = Time.from_timestring(time)
-        is_valid = duration.unit.value in units and (duration.value > 0 or (is_zero_allowed and duration.value == 0))
-    except (ValueError, TypeError):
+        value, unit = parse_time(time)
+        is_valid = unit in units and (value > 0 or (is_zero_allowed and value == 0))
+    except ValueError:
         is_valid = False
     if not is_valid:
         minimum = "of at least 0" if is_zero_allowed else "above 0"
-        raise ValueError(f"{name} must be a time string {minimum} in {', '.join(units)} (like '1ep'), got {time!r}")
+        raise InputError(f"must be a time string {minimum} in {', '.join(units)} (like '1ep'), got {time!r}", key=key)
 
 
 class Progress(float):
@@ -43,6 +63,11 @@ class Progress(float):
         samples_per_batch: Samples in one (global) batch; None when not known.
     """
 
+    batch: int
+    total_batches: int
+    batches_per_epoch: int | None
+    samples_per_batch: int | None
+
     def __new__(
         cls,
         batch: int,
@@ -50,7 +75,7 @@ class Progress(float):
         batches_per_epoch: int | None = None,
         samples_per_batch: int | None = None,
     ) -> Progress:
-        # a ragged last batch may make training longer than total_batches by one
+        # an incomplete last batch may make training longer than total_batches by one
         progress = super().__new__(cls, min(batch / total_batches, 1.0))
         progress.batch = batch
         progress.total_batches = total_batches
@@ -58,32 +83,35 @@ class Progress(float):
         progress.samples_per_batch = samples_per_batch
         return progress
 
-    def num_batches(self, time: str | Time) -> float:
+    def num_batches(self, time: str) -> float:
         """How many batches a time string like `1ep`, `500ba`, `4096sp` or `0.1dur` lasts."""
         return count_batches(time, self.batches_per_epoch, self.samples_per_batch, self.total_batches)
 
 
 def count_batches(
-    time: str | Time,
+    time: str,
     batches_per_epoch: int | None = None,
     samples_per_batch: int | None = None,
-    total_batches: int | None = None,
+    total_batches: float | None = None,
 ) -> float:
-    """How many batches a length of time lasts; the arguments are those of `Progress`.
+    """How many batches a time string lasts; the arguments are those of `Progress`.
 
     Raises:
-        ValueError: A unit of time other than ep, ba, sp, dur, or one whose length in batches is not given.
+        ValueError: A unit other than ep, ba, sp or dur, or one whose length in batches is not given.
     """
-    time = time if isinstance(time, Time) else Time.from_timestring(time)
-    batches_in_unit = {
-        TimeUnit.EPOCH: batches_per_epoch,
-        TimeUnit.BATCH: 1,
-        TimeUnit.SAMPLE: samples_per_batch and 1 / samples_per_batch,
-        TimeUnit.DURATION: total_batches,
-    }.get(time.unit)
-    if time.value == 0:
-        return 0  # in any unit, also where '1ep' has no meaning
-    if batches_in_unit is None:
-        raise ValueError(f"{time.to_timestring()!r} cannot be counted in batches: under a patch sampling schedule, ep "
-                         "needs a data loader with a length, sp one with a batch size, and tok, sec or iter never can")
-    return time.value * batches_in_unit
+    try:
+        value, unit = parse_time(time)
+        batches_in_unit = {
+            "ep": batches_per_epoch,
+            "ba": 1,
+            "sp": 1 / samples_per_batch if samples_per_batch else None,
+            "dur": total_batches,
+        }[unit]
+    except ValueError:
+        value, batches_in_unit = None, None
+    if value == 0:
+        return 0  # in any unit, also if an epoch has no length
+    if value is None or batches_in_unit is None:
+        raise ValueError(f"{time!r} cannot be counted in batches: under a patch sampling schedule, ep needs a data "
+                         "loader with a length, sp a batch size, and tok, sec and iter cannot be used")
+    return value * batches_in_unit

@@ -15,21 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from composer.core import Time
-
-from pss_composer.progress import Progress, check_time
+from pss_composer.errors import InputError
+from pss_composer.progress import Progress, check_time, parse_time
 
 Schedule = Callable[[Progress], float]
 
 
-def check_keep_rate(value: float, name: str = "keep_rate") -> float:
+def check_keep_rate(value: float, key: str = "keep_rate") -> float:
     """The value itself if it is a keep rate, a number in (0, 1].
 
     Raises:
-        ValueError: Outside (0, 1], or not a number.
+        InputError: Outside (0, 1], or not a number.
     """
     if not _is_number(value) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+        raise InputError(f"must be a number in (0, 1], got {value!r}", key=key)
     return value
 
 
@@ -84,13 +83,13 @@ class _Ramp(ABC):
 
     def __post_init__(self) -> None:
         if self.step is not None and (not _is_number(self.step) or not 0.0 < self.step <= 1.0):
-            raise ValueError(f"step must be None or a number in (0, 1], got {self.step!r}")
+            raise InputError(f"must be None or a number in (0, 1], got {self.step!r}", key="step")
         for name in ("start", "end"):
             value = getattr(self, name)
             if not _is_number(value) or value <= 0.0:
-                raise ValueError(f"{name} must be a keep rate above 0 (above 1 means overshoot), got {value!r}")
+                raise InputError(f"must be a keep rate above 0 (above 1 means overshoot), got {value!r}", key=name)
             if _to_keep_rate(_drop_rate(value), self.step) <= 0.0:
-                raise ValueError(f"{name} must not round to 0 at step={self.step}, got {value!r}")
+                raise InputError(f"must not round to 0 at step={self.step}, got {value!r}", key=name)
         check_time(self.cooldown, "cooldown", is_zero_allowed=True)
 
     def __call__(self, progress: Progress) -> float:
@@ -104,8 +103,10 @@ class _Ramp(ABC):
         """Batches before the cooldown."""
         batches = progress.total_batches - progress.num_batches(self.cooldown)
         if batches < 0:
-            raise ValueError(f"cooldown must be no longer than training, got {self.cooldown!r} in "
-                             f"{progress.total_batches} batches")
+            raise InputError(
+                f"must be no longer than training, got {self.cooldown!r} in {progress.total_batches} batches",
+                key="cooldown",
+            )
         return batches
 
 
@@ -195,22 +196,22 @@ class Piecewise:
     milestones: Sequence[tuple[str, float]] = (("0ep", 1.0),)
 
     def __post_init__(self) -> None:
-        rule = "milestones must be pairs of a time string and a keep rate"
+        rule = "must be pairs of a time string and a keep rate"
         try:
             milestones = tuple((time, keep_rate) for time, keep_rate in self.milestones)
         except (TypeError, ValueError):
-            raise ValueError(f"{rule}, got {self.milestones!r}") from None
+            raise InputError(f"{rule}, got {self.milestones!r}", key="milestones") from None
         for time, keep_rate in milestones:
             check_time(time, "milestones: each time", is_zero_allowed=True)
             check_keep_rate(keep_rate, "milestones: each keep rate")
-        if not milestones or Time.from_timestring(milestones[0][0]).value != 0:
-            raise ValueError(f"{rule}, the first at time 0, got {self.milestones!r}")
+        if not milestones or parse_time(milestones[0][0])[0] != 0:
+            raise InputError(f"{rule}, the first at time 0, got {self.milestones!r}", key="milestones")
         object.__setattr__(self, "milestones", milestones)
 
     def __call__(self, progress: Progress) -> float:
         starts = [progress.num_batches(time) for time, _ in self.milestones]
         if starts != sorted(starts):
-            raise ValueError(f"milestones must stand in order of time, got {self.milestones!r}")
+            raise InputError(f"must stand in order of time, got {self.milestones!r}", key="milestones")
         return [rate for start, (_, rate) in zip(starts, self.milestones, strict=True) if start <= progress.batch][-1]
 
 

@@ -25,7 +25,7 @@ from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist
-from settings import SMALL, build_model, random_images
+from support.models import SMALL, build_model, random_images
 from timm.layers import DropPath
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pss_composer.ema
 from pss_composer import PatchSampler, PatchSamplingSchedule
-from pss_composer.mixing import MixUpCutMix
+from pss_composer.training.mixing import MixUpCutMix
 from pss_composer.models.classifier import ViTClassifier
 from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, keep_rates
 

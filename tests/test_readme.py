@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pss_composer.recipes import load_recipe
-from pss_composer.rules import build_schedule
+from support.paths import ROOT
+from pss_composer.training.reading import load_recipe
+from pss_composer.training.rules import build_schedule
 from pss_composer.schedules import Cyclic
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

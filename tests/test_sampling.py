@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from settings import build_model, random_images
+from support.models import build_model, random_images
 from timm.models.beit import Beit
 
+from support.paths import VECTORS
 from pss_composer import PatchSampler, apply_patch_sampling
 from pss_composer.sampling import gather_tokens, num_keep, resolve_sampler
 
-VECTORS = safe_open(Path(__file__).parent / "data" / "pss_vit_vectors.safetensors", framework="pt")
-CASES = sorted(key.removesuffix("/logits") for key in VECTORS.keys() if key.endswith("/logits"))  # noqa: SIM118
+REFERENCE = safe_open(VECTORS / "pss_vit_vectors.safetensors", framework="pt")
+CASES = sorted(key.removesuffix("/logits") for key in REFERENCE.keys() if key.endswith("/logits"))  # noqa: SIM118
 
 
 def load_reference_model(name):
-    config = json.loads(VECTORS.metadata()[name])
+    config = json.loads(REFERENCE.metadata()[name])
     model = Beit(
         **{key: config[key] for key in ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads",
                                         "qkv_bias", "init_values", "use_rel_pos_bias")},
@@ -25,7 +26,7 @@ def load_reference_model(name):
         global_pool="avg" if config["use_mean_pooling"] else "token",
     )
     prefix = f"{name}/weights/"
-    weights = {k.removeprefix(prefix): VECTORS.get_tensor(k) for k in VECTORS.keys() if k.startswith(prefix)}  # noqa: SIM118
+    weights = {k.removeprefix(prefix): REFERENCE.get_tensor(k) for k in REFERENCE.keys() if k.startswith(prefix)}  # noqa: SIM118
     model.load_state_dict(weights, strict=True)
     return model
 
@@ -35,22 +36,22 @@ def test_reference_vectors(case):
     name, sampler, keep_rate = case.split("/")
     model = load_reference_model(name)
     patch_sampler = apply_patch_sampling(model, sampler=sampler, keep_rate=float(keep_rate))
-    logits = model(VECTORS.get_tensor(f"{name}/input"))
-    loss = torch.nn.functional.cross_entropy(logits, VECTORS.get_tensor(f"{name}/target"))
+    logits = model(REFERENCE.get_tensor(f"{name}/input"))
+    loss = torch.nn.functional.cross_entropy(logits, REFERENCE.get_tensor(f"{name}/target"))
     loss.backward()
-    torch.testing.assert_close(logits, VECTORS.get_tensor(f"{case}/logits"), atol=1e-5, rtol=0)
-    torch.testing.assert_close(loss, VECTORS.get_tensor(f"{case}/loss"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, REFERENCE.get_tensor(f"{case}/logits"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, REFERENCE.get_tensor(f"{case}/loss"), atol=1e-5, rtol=0)
     if keep_rate == "1.0":
         assert patch_sampler.keep_indices is None
     else:
         kept = patch_sampler.kept_positions().sort(dim=1).values
-        assert torch.equal(kept, VECTORS.get_tensor(f"{case}/kept"))
+        assert torch.equal(kept, REFERENCE.get_tensor(f"{case}/kept"))
     parameters = dict(model.named_parameters())
-    gradients = [k for k in VECTORS.keys() if k.startswith(f"{case}/grad/")]  # noqa: SIM118
+    gradients = [k for k in REFERENCE.keys() if k.startswith(f"{case}/grad/")]  # noqa: SIM118
     assert len(gradients) >= 4
     for key in gradients:
         gradient = parameters[key.removeprefix(f"{case}/grad/")].grad
-        torch.testing.assert_close(gradient, VECTORS.get_tensor(key), atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradient, REFERENCE.get_tensor(key), atol=1e-5, rtol=0)
 
 
 def test_all_reference_cases_are_there():

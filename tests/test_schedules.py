@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from support.paths import VECTORS
 from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, Progress, keep_rates
 
-REFERENCE_RUNS = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
+REFERENCE_RUNS = json.loads((VECTORS / "schedules.json").read_text())
 
 
 def run_lengths(rates):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from settings import BEIT_WITH_BIAS, MODELS, build_model, random_images
+from support.models import BEIT_WITH_BIAS, MODELS, build_model, random_images
 from timm.models.beit import Beit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper

@@ -6,9 +6,13 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+from composer import Trainer
+from composer.utils import reproducibility
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pss_composer.errors import InputError, to_line
 
@@ -66,3 +70,45 @@ class Loader(DataLoader):
             message = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
             self._failure = type(error)(message)
             raise self._failure from error
+
+
+class EpochSampler(DistributedSampler):
+    """A DistributedSampler that yields (epoch, index, view): how else would a persistent worker know the epoch.
+
+    Composer finds it by its base class and sets its epoch.
+
+    Args:
+        dataset: With a length.
+        repeats: Views of each image that is drawn; one after the other, and so on several devices where there are
+            several. An epoch is as long as with one.
+        **options: Of DistributedSampler.
+    """
+
+    def __init__(self, dataset: Dataset, *, repeats: int = 1, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.repeats = repeats
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        order = torch.arange(len(self.dataset))
+        if self.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for place in range(self.rank, self.total_size, self.num_replicas):
+            # where the devices cannot share evenly, some see an image of the beginning again
+            yield self.epoch, int(order[place // self.repeats % len(order)]), place % self.repeats
+
+
+def restore_generators(trainer: Trainer) -> None:
+    """Restore the random generators of a resumed run where Composer 0.32 leaves it out; call it before `fit`.
+
+    Composer restores them at the start of an epoch, or while it spins past the batches already seen. A
+    StreamingDataset finds its place without spinning, so within an epoch the state would stay unused, and
+    everything random in the model would run differently than without the stop.
+
+    Args:
+        trainer: A Trainer that may have loaded a checkpoint; any other is left alone.
+    """
+    state = trainer.state
+    is_unspun = "train" in state.dataset_resumption and state.timestamp.batch_in_epoch.value > 0
+    if is_unspun and trainer._rng_state is not None:
+        reproducibility.load_rng_state(trainer._rng_state)
+        trainer._rng_state = None

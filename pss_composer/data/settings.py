@@ -1,22 +1,43 @@
-"""The settings of streaming, in streaming's own words."""
+"""Where the images come from, and how they are read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from pss_composer.errors import InputError
+from omegaconf import MISSING
 
+from pss_composer.errors import InputError, find_broken
+
+SOURCES = tuple(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("sources"))]))
+ON_BAD_SAMPLE = ("raise", "skip")
 SHUFFLE_ALGOS = ("py1e", "py1br", "py1s", "py2s", "naive")
+MAX_WORKERS = 1024  # per device
+
+
+def _free(default: Any) -> Any:
+    """A setting that a resumed run may change: it has no part in what the run computes."""
+    return field(default=default, metadata={"free_on_resume": True})
 
 
 @dataclass
-class StreamingSettings:
-    """How `data.name: streaming` reads its shards (https://docs.mosaicml.com/projects/streaming).
+class DataSettings:
+    """A source of images; the lower half is how `streaming` reads its shards, in streaming's own words.
 
     Args:
+        name: One of `SOURCES`, each a module of `data.sources`.
+        path: Folder of the images; what it holds depends on the source.
+        num_workers: Processes per device that load images; 0 loads in the main process.
+        on_bad_sample: What to do about an image that does not decode: `raise`, or `skip`. Training then sees the next
+            image instead, so that batches stay full; evaluation goes on without it. The loader counts and logs them.
+        num_samples: Images per split, of `synthetic`.
+        dataset: Class name of one of torchvision's data sets, of `torchvision`, like `FashionMNIST`.
+        download: Let torchvision download the data set into `path`.
         remote: Folder of folders of shards, one per split, in a store: `s3://`, `sftp://` and what else streaming
-            knows. None: the shards are in `data.path`.
-        local: Folder that caches the shards of `remote`, for one run at a time; None: `data.path`.
+            knows (https://docs.mosaicml.com/projects/streaming). None: the shards are in `path`.
+        local: Folder that caches the shards of `remote`, for one run at a time; None: `path`.
         cache_limit: Size of each split's cache, like `100gb`; the shards that were not used for longest make room.
             None: all are kept.
         predownload: Samples that each worker fetches ahead; None: eight batches.
@@ -25,39 +46,45 @@ class StreamingSettings:
         shuffle_algo: One of `SHUFFLE_ALGOS`. `py1e` mixes the samples of many shards; `py1s` those of as many shards
             as there are canonical nodes.
         shuffle_block_size: Samples that `py1e` and `py1br` mix; a cache should hold the shards of twice as many.
-        num_canonical_nodes: Parts that the shards are dealt to; the same number gives the same order on any number of
-            machines that divides it. None: the number of machines that training starts on.
+        num_canonical_nodes: Parts that the shards are divided into; the same number gives the same order on any number
+            of machines that divides it. None: the number of machines that training starts on.
     """
 
-    remote: str | None = None
-    local: str | None = None
-    cache_limit: str | None = None
-    predownload: int | None = None
-    download_retry: int = 7
+    name: str = MISSING
+    path: str | None = _free(None)
+    num_workers: int = _free(8)
+    on_bad_sample: str = _free("raise")
+    num_samples: int = 1024
+    dataset: str | None = None
+    download: bool = _free(False)
+
+    remote: str | None = _free(None)
+    local: str | None = _free(None)
+    cache_limit: str | None = _free(None)
+    predownload: int | None = _free(None)
+    download_retry: int = _free(7)
     shuffle_algo: str = "py1e"
     shuffle_block_size: int = 2**18
     num_canonical_nodes: int | None = None
 
-
-def check_streaming(settings: StreamingSettings, *, name: str) -> None:
-    """Check the values that can be checked without the data.
-
-    Args:
-        settings: The settings.
-        name: `data.name`.
-
-    Raises:
-        InputError: A setting breaks a rule.
-    """
-    s = settings
-    if name != "streaming" and s.remote is not None:
-        raise InputError(f"data.remote must be null unless data.name=streaming, got {s.remote!r} for {name}")
-    for key in ("local", "cache_limit"):
-        if s.remote is None and getattr(s, key) is not None:
-            raise InputError(f"data.{key} must be null without data.remote, got {getattr(s, key)!r}")
-    for key in ("predownload", "download_retry", "shuffle_block_size", "num_canonical_nodes"):
-        value = getattr(s, key)
-        if value is not None and value < 1:
-            raise InputError(f"data.{key} must be at least 1, got {value}")
-    if s.shuffle_algo not in SHUFFLE_ALGOS:
-        raise InputError(f"data.shuffle_algo must be one of {', '.join(SHUFFLE_ALGOS)}, got {s.shuffle_algo!r}")
+    def check(self) -> list[InputError]:
+        """The rules that the settings break; what only the data can tell shows when they are opened."""
+        is_remote, is_torchvision = self.remote is not None, self.name == "torchvision"
+        return find_broken(
+            self,
+            ("name", self.name in SOURCES, f"must be one of {', '.join(SOURCES)}"),
+            ("path", self.path is not None or self.name == "synthetic" or is_remote, "must be a folder"),
+            ("local", not is_remote or (self.local or self.path) is not None, "must be a folder that caches remote"),
+            ("num_workers", 0 <= self.num_workers <= MAX_WORKERS, f"must be in [0, {MAX_WORKERS}]"),
+            ("on_bad_sample", self.on_bad_sample in ON_BAD_SAMPLE, f"must be one of {', '.join(ON_BAD_SAMPLE)}"),
+            ("num_samples", self.num_samples >= 1, "must be at least 1"),
+            ("dataset", (self.dataset is not None) == is_torchvision,
+             "must be a data set of torchvision with name=torchvision and null with any other"),
+            ("download", is_torchvision or not self.download, "must be false unless name=torchvision"),
+            ("remote", self.name == "streaming" or not is_remote, "must be null unless name=streaming"),
+            ("local", is_remote or self.local is None, "must be null without remote"),
+            ("cache_limit", is_remote or self.cache_limit is None, "must be null without remote"),
+            ("shuffle_algo", self.shuffle_algo in SHUFFLE_ALGOS, f"must be one of {', '.join(SHUFFLE_ALGOS)}"),
+            *((name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
+              for name in ("predownload", "download_retry", "shuffle_block_size", "num_canonical_nodes")),
+        )

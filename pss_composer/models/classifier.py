@@ -1,8 +1,6 @@
-"""What the classifiers have in common: sizes, loss, metrics, and what FSDP and checkpointing wrap."""
+"""What the classifiers have in common: loss, metrics, and the blocks that FSDP and checkpointing wrap."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
@@ -11,50 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-
-# the sizes of Touvron et al. 2021 (https://arxiv.org/abs/2012.12877)
-SIZES = {
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-}
-
-
-def vit_arguments(
-    size: str,
-    *,
-    image_size: int,
-    patch_size: int,
-    num_classes: int | None,
-    drop_path: float,
-    embed_dim: int | None = None,
-    depth: int | None = None,
-    num_heads: int | None = None,
-) -> dict[str, Any]:
-    """What timm's ViT classes take, checked; `num_classes` None is a ViT without a head.
-
-    Raises:
-        ValueError: Unknown size, or numbers that do not fit together.
-    """
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    shape = SIZES[size] | {name: value for name, value in given.items() if value is not None}
-    for name, value in {"image_size": image_size, "patch_size": patch_size, **shape}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    if image_size % patch_size:
-        raise ValueError(f"image_size must be divisible by patch_size={patch_size}, got {image_size}")
-    if shape["embed_dim"] % shape["num_heads"]:
-        raise ValueError(f"embed_dim must be divisible by num_heads={shape['num_heads']}, got {shape['embed_dim']}")
-    if not 0.0 <= drop_path < 1.0:
-        raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
-    return {
-        "img_size": image_size, "patch_size": patch_size, "num_classes": num_classes or 0,
-        "drop_path_rate": drop_path, **shape,
-    }
 
 
 def is_block(module: nn.Module) -> bool:

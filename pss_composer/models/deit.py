@@ -6,49 +6,30 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from pss_composer.models.classifier import ViTClassifier, vit_arguments
+from pss_composer.errors import InputError
+from pss_composer.models.classifier import ViTClassifier
+from pss_composer.models.shape import ViTShape
 
 
 class DeiT(ViTClassifier):
     """timm's DeiT at any size.
 
     Args:
-        size: `tiny`, `small` or `base`.
-        image_size: Height and width of an image in pixels, a multiple of `patch_size`.
-        patch_size: Height and width of a patch in pixels.
-        num_classes: Classes of the head.
-        drop_path: Stochastic depth rate of the last block, in [0, 1).
+        shape: Its sizes; None is DeiT-S.
         is_distilled: A distillation token and a second head; the logits are the mean of both heads.
         relative_position_bias: The ViT of the paper's DeiT runs under PSS: a relative position bias in every block
             and mean pooling, beside the absolute positions. timm has it as `Beit`.
-        embed_dim: Another width than the size's.
-        depth: Another number of blocks than the size's.
-        num_heads: Another number of heads than the size's.
 
     Raises:
-        ValueError: Unknown size, or numbers that do not fit together.
+        InputError: Sizes that break a rule, or both options at once.
     """
 
     def __init__(
-        self,
-        size: str = "small",
-        *,
-        image_size: int = 224,
-        patch_size: int = 16,
-        num_classes: int = 1000,
-        drop_path: float = 0.1,
-        is_distilled: bool = False,
-        relative_position_bias: bool = False,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
+        self, shape: ViTShape | None = None, *, is_distilled: bool = False, relative_position_bias: bool = False
     ) -> None:
-        arguments = vit_arguments(
-            size, image_size=image_size, patch_size=patch_size, num_classes=num_classes, drop_path=drop_path,
-            embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-        )
+        arguments = (shape or ViTShape("small")).to_timm()
         if is_distilled and relative_position_bias:
-            raise ValueError("is_distilled must be false with relative_position_bias=true, got true")
+            raise InputError("must be false with relative_position_bias=true, got true", key="is_distilled")
         if relative_position_bias:
             vit = Beit(**arguments, use_abs_pos_emb=True, use_rel_pos_bias=True, global_pool="avg")
         elif is_distilled:

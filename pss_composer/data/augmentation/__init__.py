@@ -1,0 +1,1 @@
+"""What happens to an image, in a worker and on the device."""

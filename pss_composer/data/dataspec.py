@@ -1,0 +1,130 @@
+"""From the settings of the data to what Composer trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from pss_composer.data.augmentation.builders import build_device_transform, build_transform
+from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.data.loader import EpochSampler, Loader
+from pss_composer.data.samples import Collate
+from pss_composer.data.settings import DataSettings
+from pss_composer.data.sources import Request
+from pss_composer.errors import InputError, raise_errors
+
+
+def build_dataspec(
+    settings: DataSettings,
+    augmentation: Augmentation,
+    *,
+    split: str,
+    batch_size: int,
+    image_size: int,
+    num_classes: int | None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> DataSpec:
+    """A split as batches (images (B, 3, H, W) float32, labels (B,) int64) for Composer's Trainer.
+
+    Training sees the images in a new order every epoch and drops the incomplete last batch; evaluation sees all of
+    them, in order, with nothing random. What training sees depends on the seed alone, not on the number of workers or
+    on where a run was stopped and resumed; where rectangles are erased, in the form `fast`, on the global random
+    generators. To resume what else draws from them within an epoch, call `loader.restore_generators`.
+
+    Args:
+        settings: The source and how to read it.
+        augmentation: What happens to training images, and the normalization of all. Synthetic images stay as they are.
+        split: `train` or `val`.
+        batch_size: Images in the batch of one device.
+        image_size: Height and width in pixels.
+        num_classes: Classes that the model tells apart; labels must be below. None where labels are not used
+            (self-supervised pre-training): nothing about them is checked, and synthetic ones are all 0.
+        seed: Seeds the order, the augmentation and synthetic images, at least 0.
+        device: Where batches are normalized and rectangles erased, and where they are when the Trainer gets them.
+
+    Returns:
+        The data loader with what happens to its batches.
+
+    Raises:
+        InputError: Bad settings, or bad data; its key is a setting's name or an argument. Labels are checked as they
+            are read.
+    """
+    raise_errors([*settings.check(), *augmentation.check()])
+    if split not in ("train", "val"):
+        raise InputError(f"must be train or val, got {split!r}", key="split")
+    if batch_size < 1:
+        raise InputError(f"must be at least 1 on every device, got {batch_size}", key="batch_size")
+    is_training = split == "train"
+    repeats = augmentation.repeats if is_training and not augmentation.is_plain else 1
+    dataset = import_module(f"pss_composer.data.sources.{settings.name}").open_images(Request(
+        settings,
+        split=split,
+        transform=build_transform(augmentation, image_size, is_training=is_training),
+        image_size=image_size,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        repeats=repeats,
+        seed=seed,
+        on_bad_sample={"raise": "raise", "skip": "replace" if is_training else "leave_out"}[settings.on_bad_sample],
+    ))
+    loader = _build_loader(dataset, settings, is_training, batch_size, repeats, seed, torch.device(device))
+    device_transform = build_device_transform(augmentation, is_training=is_training)
+
+    def prepare(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if num_classes is not None:
+            # here and not in a worker, where nobody can tell which batch it is of
+            for label in labels.aminmax():
+                if not 0 <= label < num_classes:
+                    raise InputError(f"labels must be in [0, num_classes={num_classes}), got {int(label)}")
+        return device_transform(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+    num_samples = dataset.size if isinstance(dataset, IterableDataset) else len(dataset)
+    return DataSpec(loader, num_samples=num_samples, batch_transforms=prepare, split_batch=_split_batch)
+
+
+def _build_loader(
+    dataset: Dataset, settings: DataSettings, is_training: bool, batch_size: int, repeats: int, seed: int,
+    device: torch.device,
+) -> Loader:
+    sampler = None  # an iterable dataset divides its images among the devices itself
+    if not isinstance(dataset, IterableDataset):
+        sampler = EpochSampler(
+            dataset,
+            repeats=repeats,
+            num_replicas=dist.get_world_size(),
+            rank=dist.get_global_rank(),
+            shuffle=is_training,
+            seed=seed,
+            drop_last=is_training,
+        )
+    loader = Loader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=Collate(repeats),
+        drop_last=is_training,
+        num_workers=settings.num_workers,
+        persistent_workers=settings.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        # every pass over a loader draws a seed for its workers, by default from the global generator
+        generator=torch.Generator(),
+    )
+    if is_training and len(loader) == 0:
+        num_samples = dataset.size if sampler is None else len(dataset)
+        global_batch_size = batch_size * dist.get_world_size()
+        raise InputError(f"must be at most the {num_samples} training images, got {global_batch_size}",
+                         key="batch_size")
+    return loader
+
+
+def _split_batch(batch: Sequence[Tensor], microbatch_size: int) -> list[tuple[Tensor, ...]]:
+    # Composer's own warns about every last batch that is smaller than a microbatch
+    return list(zip(*(tensor.split(microbatch_size) for tensor in batch), strict=True))

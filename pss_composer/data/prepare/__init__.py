@@ -1,0 +1,1 @@
+"""Converts images to MDS shards and checks them; not imported by training."""

@@ -1,0 +1,114 @@
+"""Which patches SimMIM masks: the draw, and the algorithm that makes it for every batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from pss_composer.errors import InputError
+from pss_composer.pretraining.simmim import SimMIM
+from pss_composer.seeds import derive_seed
+
+
+def draw_masks(
+    num_images: int, grid_size: tuple[int, int], *, unit: int = 2, ratio: float = 0.6, generator: torch.Generator
+) -> Tensor:
+    """Random masks of whole units, in each image of as many: SimMIM's.
+
+    Args:
+        num_images: Images, B.
+        grid_size: Height and width of an image in patches, multiples of `unit`.
+        unit: Height and width in patches of what is masked or left whole.
+        ratio: Share of the units that are masked, in (0, 1], rounded up to the next unit.
+        generator: Where the random numbers come from; the masks are on its device.
+
+    Returns:
+        (B, height, width) bool, true where a patch is masked.
+    """
+    rows, columns = grid_size[0] // unit, grid_size[1] // unit
+    num_masked = math.ceil(rows * columns * ratio)
+    scores = torch.rand(num_images, rows * columns, generator=generator, device=generator.device)
+    masked = scores.topk(num_masked, sorted=False).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, masked, True).view(num_images, rows, columns)
+    return mask.repeat_interleave(unit, dim=1).repeat_interleave(unit, dim=2)
+
+
+class PatchMasking(Algorithm):
+    """Draws the mask of every batch for `models.SimMIM` (Xie et al. 2022, https://arxiv.org/abs/2111.09886).
+
+    Runs on `Event.BATCH_START`, and on the same event of evaluation and prediction, where it makes a batch of images,
+    with or without labels, a pair of images (B, 3, H, W) and mask (B, H / p, W / p) bool. Masks are drawn on the device
+    and depend on seed, batch and rank: a run that resumes on as many processes of the same kind sees the masks that it
+    would have seen, and every evaluation sees the same ones.
+
+    Args:
+        unit: Height and width in pixels of the squares that are masked, a multiple of the patch size.
+        ratio: Share of the squares that are masked, in (0, 1].
+
+    Raises:
+        ValueError: A ratio outside (0, 1]; when the trainer starts: images that do not divide into units.
+        TypeError: When the trainer starts: a model that is no SimMIM.
+
+    Example:
+        >>> trainer = Trainer(model=SimMIM(build_encoder("base")), algorithms=[PatchMasking()], ...)
+    """
+
+    def __init__(self, unit: int = 32, ratio: float = 0.6) -> None:
+        if unit < 1:
+            raise InputError(f"must be at least 1, got {unit}", key="unit")
+        if not 0 < ratio <= 1:
+            raise InputError(f"must be in (0, 1], got {ratio}", key="ratio")
+        self.unit = unit
+        self.ratio = ratio
+
+    def __repr__(self) -> str:
+        return f"PatchMasking(unit={self.unit}, ratio={self.ratio})"
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.BATCH_START, Event.EVAL_BATCH_START, Event.PREDICT_BATCH_START)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            self._grid_size, self._patches_per_unit = _divide(state.model, self.unit)
+            return
+        is_training = event == Event.BATCH_START
+        timestamp = {
+            Event.BATCH_START: state.timestamp,
+            Event.EVAL_BATCH_START: state.eval_timestamp,
+            Event.PREDICT_BATCH_START: state.predict_timestamp,
+        }[event]
+        split = "train" if is_training else "eval"
+        seed = derive_seed(state.rank_zero_seed, "mask", split, int(timestamp.batch), dist.get_global_rank())
+        generator = torch.Generator(next(state.model.parameters()).device).manual_seed(seed)
+        images = state.batch if isinstance(state.batch, Tensor) else state.batch[0]
+        mask = draw_masks(
+            len(images), self._grid_size, unit=self._patches_per_unit, ratio=self.ratio, generator=generator
+        )
+        state.batch = (images, mask)
+
+
+def check_unit(unit: int, image_size: tuple[int, int], patch_size: int) -> None:
+    """Whether images divide into units, and units into patches.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if unit % patch_size or any(length % unit for length in image_size):
+        size = " x ".join(map(str, image_size))
+        raise InputError(
+            f"must be a multiple of the patch size {patch_size} and divide the image size {size}, got {unit}", key="unit"
+        )
+
+
+def _divide(model: torch.nn.Module, unit: int) -> tuple[tuple[int, int], int]:
+    """The size of an image in patches, and of a unit."""
+    if not isinstance(model, SimMIM):
+        raise TypeError(f"PatchMasking is for models.SimMIM, got {type(model).__name__}")
+    patch_embed = model.encoder.patch_embed
+    check_unit(unit, patch_embed.img_size, model.patch_size)
+    return patch_embed.grid_size, unit // model.patch_size

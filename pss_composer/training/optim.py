@@ -1,0 +1,63 @@
+"""A recipe's optimizer and learning rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from composer.core import State, Time
+from composer.models import ComposerModel
+from composer.optim import (
+    CosineAnnealingScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearScheduler,
+    MultiStepScheduler,
+)
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+from pss_composer.models import SimMIM
+from pss_composer.training.recipe import OptimizerSettings, SchedulerSettings
+
+
+def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_size: int) -> torch.optim.AdamW:
+    """AdamW over timm's parameter groups.
+
+    Args:
+        model: One of `models`.
+        settings: A recipe's `optimizer`.
+        batch_size: The global one, for the linear scaling of the learning rate.
+    """
+    # layer decay asks for the layers of a ViT, and pre-training has its decoder beside it
+    module = model if isinstance(model, SimMIM) else model.module
+    lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
+    exempt = module.no_weight_decay()
+    if settings.layer_decay is None:
+        groups = param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(
+            module, settings.weight_decay, no_weight_decay_list=exempt, layer_decay=settings.layer_decay
+        )
+        for group in groups:
+            # only timm's own schedulers read lr_scale; Composer's multiply each group's lr
+            group["lr"] = lr * group.pop("lr_scale")
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps)
+
+
+def build_scheduler(settings: SchedulerSettings) -> Callable[[State, float], float]:
+    """Composer's cosine or steps behind a linear warm-up that may start above 0."""
+    has_warmup = Time.from_timestring(settings.warmup).value > 0
+    if settings.name == "multistep":
+        after_warmup = MultiStepScheduler(milestones=settings.milestones, gamma=settings.gamma)
+    elif has_warmup:
+        after_warmup = CosineAnnealingWithWarmupScheduler(t_warmup=settings.warmup, alpha_f=settings.alpha_f)
+    else:
+        after_warmup = CosineAnnealingScheduler(alpha_f=settings.alpha_f)
+    if not has_warmup:
+        return after_warmup
+    warmup = LinearScheduler(alpha_i=settings.alpha_i, alpha_f=1.0, t_max=settings.warmup)
+
+    def schedule(state: State, ssr: float = 1.0) -> float:
+        share_of_warmup = warmup(state)
+        return share_of_warmup if share_of_warmup < 1.0 else after_warmup(state, ssr)
+
+    return schedule
