@@ -10,6 +10,7 @@ import socket
 import threading
 import weakref
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import s3transfer.utils
 from streaming import Stream
@@ -20,7 +21,6 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.world import World
 
-from pss_composer.data.prepare.stores import hide_password
 from pss_composer.errors import InputError, to_line
 
 LOCK_FILE = ".used_by"
@@ -162,6 +162,12 @@ def is_complete(folder: Path) -> bool:
         return all((folder / file["basename"]).stat().st_size == file["bytes"] for file in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def hide_password(url: str) -> str:
+    """The URL without its password, for messages."""
+    password = urlsplit(url).password
+    return url.replace(f":{password}@", ":***@", 1) if password else url
 
 
 def _draw_apart() -> None:

@@ -13,8 +13,9 @@ from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 from pss_composer.data.augmentation.decoding import decode_tensor
+from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS
-from pss_composer.data.prepare.stores import Store, hide_password, open_store, with_retries
+from pss_composer.data.prepare.stores import Store, open_store, with_retries
 from pss_composer.errors import InputError, to_line
 
 

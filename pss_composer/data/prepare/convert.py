@@ -25,9 +25,10 @@ from pathlib import Path
 
 from streaming.base.util import bytes_to_int
 
+from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
 from pss_composer.data.prepare.shards import Job, Settings, run_workers, write_json
-from pss_composer.data.prepare.stores import LocalStore, Store, hide_password, open_store, with_retries
+from pss_composer.data.prepare.stores import LocalStore, Store, open_store, with_retries
 from pss_composer.errors import InputError
 
 FORMAT = 1  # another number makes other shards of the same images

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pss_composer.data.mds.stream import hide_password
 from pss_composer.errors import InputError, to_line
 
 BACKOFFS = (1.0, 2.0, 4.0)  # seconds before each further attempt
@@ -288,12 +289,6 @@ def with_retries(store: Store, function: Callable[[], Any], rule: str) -> Any:
             with contextlib.suppress(Exception):
                 store.close()
         time.sleep(backoff)
-
-
-def hide_password(url: str) -> str:
-    """The URL for people to read."""
-    password = urlsplit(url).password
-    return url.replace(f":{password}@", ":***@", 1) if password else url
 
 
 def _is_missing(error: Exception) -> bool:
