@@ -6,7 +6,8 @@ int64 indices (B, k) of those that stay, each at most once per image, in any ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,16 @@ class PatchSampler(nn.Module):
     @eval_keep_rate.setter
     def eval_keep_rate(self, value: float) -> None:
         self._eval_keep_rate = check_keep_rate(value, "eval_keep_rate")
+
+    @contextmanager
+    def evaluating_at(self, keep_rate: float) -> Iterator[None]:
+        """Evaluate at another keep rate within the block; afterwards `eval_keep_rate` is what it was."""
+        before = self.eval_keep_rate
+        self.eval_keep_rate = keep_rate
+        try:
+            yield
+        finally:
+            self.eval_keep_rate = before
 
     def forward(self, tokens: Tensor) -> Tensor:
         """From tokens (B, P + N, C), P of them prefix tokens, to (B, P + k, C)."""

@@ -1,15 +1,14 @@
 """Samplers, counts and the module, by hand; and the reference vectors."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.models import build_model, random_images
+from support.paths import VECTORS
 from timm.models.beit import Beit
 
-from support.paths import VECTORS
 from pss_composer import PatchSampler, apply_patch_sampling
 from pss_composer.sampling import gather_tokens, num_keep, resolve_sampler
 
@@ -126,6 +125,18 @@ def test_the_whole_batch_is_returned_itself_at_one():
     sampler = PatchSampler(keep_rate=1.0)
     assert sampler(tokens) is tokens
     assert sampler.keep_indices is None and sampler.num_tokens == 5
+
+
+def test_evaluating_at_holds_for_the_block_alone():
+    sampler, tokens = PatchSampler(keep_rate=0.4, eval_keep_rate=0.7).eval(), torch.randn(1, 10, 4)
+    with pytest.raises(ZeroDivisionError), sampler.evaluating_at(0.5):
+        assert sampler(tokens).shape == (1, 5, 4)  # half of ten tokens, prefix included
+        raise ZeroDivisionError
+    assert (sampler.keep_rate, sampler.eval_keep_rate) == (0.4, 0.7)
+    with pytest.raises(ValueError, match=r"eval_keep_rate must be a number in \(0, 1\], got 1.2"), \
+            sampler.evaluating_at(1.2):
+        pass
+    assert sampler.eval_keep_rate == 0.7
 
 
 def test_extra_repr_has_no_address():
