@@ -1,6 +1,8 @@
-"""Train a recipe: `composer train.py yamls/digits_pss.yaml [key=value ...]`."""
+"""Train a recipe: `composer train.py yamls/digits_pss.yaml [key=value ...]`; the same as `pss train`."""
 
-from pss_composer.training import main
+import sys
+
+from pss_composer.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,20 @@ SOURCES = tuple(module.name for module in pkgutil.iter_modules([str(Path(__file_
 ON_BAD_SAMPLE = ("raise", "skip")
 SHUFFLE_ALGOS = ("py1e", "py1br", "py1s", "py2s", "naive")
 MAX_WORKERS = 1024  # per device
+# torchvision's data sets for classification, with the arguments that select the split to train on and to evaluate
+TORCHVISION_SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS"),
+                    ({"train": True}, {"train": False})),
+    **dict.fromkeys(("Food101", "GTSRB", "STL10", "SVHN", "StanfordCars"), ({"split": "train"}, {"split": "test"})),
+    **dict.fromkeys(("CLEVRClassification", "DTD", "Flowers102", "Imagenette", "PCAM", "RenderedSST2"),
+                    ({"split": "train"}, {"split": "val"})),
+    **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ({"split": "trainval"}, {"split": "test"})),
+    "Country211": ({"split": "train"}, {"split": "valid"}),
+    "Places365": ({"split": "train-standard"}, {"split": "val"}),
+}
 
 
-def _free(default: Any) -> Any:
+def free_on_resume(default: Any) -> Any:
     """A setting that a resumed run may change: it has no part in what the run computes."""
     return field(default=default, metadata={"free_on_resume": True})
 
@@ -33,8 +46,8 @@ class DataSettings:
         on_bad_sample: What to do about an image that does not decode: `raise`, or `skip`. Training then sees the next
             image instead, so that batches stay full; evaluation goes on without it. The loader counts and logs them.
         num_samples: Images per split, of `synthetic`.
-        dataset: Class name of one of torchvision's data sets, of `torchvision`, like `FashionMNIST`.
-        download: Let torchvision download the data set into `path`.
+        dataset: One of `TORCHVISION_SPLITS`, by the name of its class, of `torchvision`.
+        download: Let torchvision download the data set into `path` if it is not there.
         remote: Folder of folders of shards, one per split, in a store: `s3://`, `sftp://` and what else streaming
             knows (https://docs.mosaicml.com/projects/streaming). None: the shards are in `path`.
         local: Folder that caches the shards of `remote`, for one run at a time; None: `path`.
@@ -51,35 +64,36 @@ class DataSettings:
     """
 
     name: str = MISSING
-    path: str | None = _free(None)
-    num_workers: int = _free(8)
-    on_bad_sample: str = _free("raise")
+    path: str | None = free_on_resume(None)
+    num_workers: int = free_on_resume(8)
+    on_bad_sample: str = free_on_resume("raise")
     num_samples: int = 1024
     dataset: str | None = None
-    download: bool = _free(False)
+    download: bool = free_on_resume(False)
 
-    remote: str | None = _free(None)
-    local: str | None = _free(None)
-    cache_limit: str | None = _free(None)
-    predownload: int | None = _free(None)
-    download_retry: int = _free(7)
+    remote: str | None = free_on_resume(None)
+    local: str | None = free_on_resume(None)
+    cache_limit: str | None = free_on_resume(None)
+    predownload: int | None = free_on_resume(None)
+    download_retry: int = free_on_resume(7)
     shuffle_algo: str = "py1e"
     shuffle_block_size: int = 2**18
     num_canonical_nodes: int | None = None
 
     def check(self) -> list[InputError]:
-        """The rules that the settings break; what only the data can tell shows when they are opened."""
+        """The rules that the settings break; the rest shows when the data are opened."""
         is_remote, is_torchvision = self.remote is not None, self.name == "torchvision"
         return find_broken(
             self,
-            ("name", self.name in SOURCES, f"must be one of {', '.join(SOURCES)}"),
+            ("name", self.name in SOURCES, _must_be_one_of(SOURCES, self.name)),
             ("path", self.path is not None or self.name == "synthetic" or is_remote, "must be a folder"),
             ("local", not is_remote or (self.local or self.path) is not None, "must be a folder that caches remote"),
             ("num_workers", 0 <= self.num_workers <= MAX_WORKERS, f"must be in [0, {MAX_WORKERS}]"),
             ("on_bad_sample", self.on_bad_sample in ON_BAD_SAMPLE, f"must be one of {', '.join(ON_BAD_SAMPLE)}"),
             ("num_samples", self.num_samples >= 1, "must be at least 1"),
-            ("dataset", (self.dataset is not None) == is_torchvision,
-             "must be a data set of torchvision with name=torchvision and null with any other"),
+            ("dataset", not is_torchvision or self.dataset in TORCHVISION_SPLITS,
+             _must_be_one_of(TORCHVISION_SPLITS, self.dataset)),
+            ("dataset", is_torchvision or self.dataset is None, "must be null unless name=torchvision"),
             ("download", is_torchvision or not self.download, "must be false unless name=torchvision"),
             ("remote", self.name == "streaming" or not is_remote, "must be null unless name=streaming"),
             ("local", is_remote or self.local is None, "must be null without remote"),
@@ -88,3 +102,9 @@ class DataSettings:
             *((name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
               for name in ("predownload", "download_retry", "shuffle_block_size", "num_canonical_nodes")),
         )
+
+
+def _must_be_one_of(names: Iterable[str], value: str | None) -> str:
+    """The rule for a name, with the nearest of those that there are."""
+    nearest = difflib.get_close_matches(value or "", names, n=1)
+    return f"must be one of {', '.join(names)}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

@@ -10,7 +10,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from pss_composer.errors import InputError
+from pss_composer.errors import raise_errors
+from pss_composer.pretraining.settings import MaskingSettings
 from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.seeds import derive_seed
 
@@ -59,22 +60,18 @@ class PatchMasking(Algorithm):
     """
 
     def __init__(self, unit: int = 32, ratio: float = 0.6) -> None:
-        if unit < 1:
-            raise InputError(f"must be at least 1, got {unit}", key="unit")
-        if not 0 < ratio <= 1:
-            raise InputError(f"must be in (0, 1], got {ratio}", key="ratio")
-        self.unit = unit
-        self.ratio = ratio
+        self.settings = MaskingSettings(unit, ratio)
+        raise_errors(self.settings.check())
 
     def __repr__(self) -> str:
-        return f"PatchMasking(unit={self.unit}, ratio={self.ratio})"
+        return f"PatchMasking(unit={self.settings.unit}, ratio={self.settings.ratio})"
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START, Event.EVAL_BATCH_START, Event.PREDICT_BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
-            self._grid_size, self._patches_per_unit = _divide(state.model, self.unit)
+            self._grid_size, self._patches_per_unit = _divide(state.model, self.settings)
             return
         is_training = event == Event.BATCH_START
         timestamp = {
@@ -87,28 +84,15 @@ class PatchMasking(Algorithm):
         generator = torch.Generator(next(state.model.parameters()).device).manual_seed(seed)
         images = state.batch if isinstance(state.batch, Tensor) else state.batch[0]
         mask = draw_masks(
-            len(images), self._grid_size, unit=self._patches_per_unit, ratio=self.ratio, generator=generator
+            len(images), self._grid_size, unit=self._patches_per_unit, ratio=self.settings.ratio, generator=generator
         )
         state.batch = (images, mask)
 
 
-def check_unit(unit: int, image_size: tuple[int, int], patch_size: int) -> None:
-    """Whether images divide into units, and units into patches.
-
-    Raises:
-        ValueError: They do not.
-    """
-    if unit % patch_size or any(length % unit for length in image_size):
-        size = " x ".join(map(str, image_size))
-        raise InputError(
-            f"must be a multiple of the patch size {patch_size} and divide the image size {size}, got {unit}", key="unit"
-        )
-
-
-def _divide(model: torch.nn.Module, unit: int) -> tuple[tuple[int, int], int]:
-    """The size of an image in patches, and of a unit."""
+def _divide(model: torch.nn.Module, settings: MaskingSettings) -> tuple[tuple[int, int], int]:
+    """The size of an image in patches, and of a unit in patches."""
     if not isinstance(model, SimMIM):
-        raise TypeError(f"PatchMasking is for models.SimMIM, got {type(model).__name__}")
+        raise TypeError(f"PatchMasking is for pretraining.simmim.SimMIM, got {type(model).__name__}")
     patch_embed = model.encoder.patch_embed
-    check_unit(unit, patch_embed.img_size, model.patch_size)
-    return patch_embed.grid_size, unit // model.patch_size
+    raise_errors(settings.check_fit(patch_embed.img_size, model.patch_size))
+    return patch_embed.grid_size, settings.unit // model.patch_size

@@ -7,6 +7,9 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torchvision.transforms import v2
 
+from pss_composer.errors import InputError, raise_errors
+from pss_composer.training.recipe import MixingSettings
+
 
 class MixUpCutMix(Algorithm):
     """Mixes every training batch with itself: CutMix with probability `switch_prob`, else mixup.
@@ -41,14 +44,8 @@ class MixUpCutMix(Algorithm):
         switch_prob: float = 0.5,
     ) -> None:
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            if not alpha >= 0:
-                raise ValueError(f"{name} must be at least 0, got {alpha}")
-        if mixup_alpha == cutmix_alpha == 0:
-            raise ValueError("mixup_alpha or cutmix_alpha must be above 0, got 0 and 0")
-        if not 0 <= switch_prob <= 1:
-            raise ValueError(f"switch_prob must be in [0, 1], got {switch_prob}")
+            raise InputError(f"must be at least 1, got {num_classes}", key="num_classes")
+        raise_errors(MixingSettings(mixup_alpha, cutmix_alpha, switch_prob).check())
         self.num_classes = num_classes
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha

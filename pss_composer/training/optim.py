@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from composer.core import State, Time
+from composer.core import State
 from composer.models import ComposerModel
 from composer.optim import (
     CosineAnnealingScheduler,
@@ -15,7 +15,8 @@ from composer.optim import (
 )
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from pss_composer.models import SimMIM
+from pss_composer.pretraining.simmim import SimMIM
+from pss_composer.progress import parse_time
 from pss_composer.training.recipe import OptimizerSettings, SchedulerSettings
 
 
@@ -45,7 +46,7 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
 
 def build_scheduler(settings: SchedulerSettings) -> Callable[[State, float], float]:
     """Composer's cosine or steps behind a linear warm-up that may start above 0."""
-    has_warmup = Time.from_timestring(settings.warmup).value > 0
+    has_warmup = parse_time(settings.warmup)[0] > 0
     if settings.name == "multistep":
         after_warmup = MultiStepScheduler(milestones=settings.milestones, gamma=settings.gamma)
     elif has_warmup:

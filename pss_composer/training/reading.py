@@ -1,92 +1,137 @@
-"""Recipes: a YAML file and overrides on the command line, read into typed settings and checked.
-
-`load_recipe` finds every mistake that can be found without data or a model, each told in one line with its key.
-"""
+"""Reading a recipe: a YAML file and overrides on the command line become typed settings, checked as a whole."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pss_composer.errors import InputError
-from pss_composer.training.rules import check_recipe, name_unknown_key
+from pss_composer.errors import InputError, raise_errors, to_line
 from pss_composer.schedules import SCHEDULES
-from pss_composer.training.recipe import Recipe
+from pss_composer.training.recipe import Recipe, check_group, describe_unknown
+from pss_composer.training.rules import check_recipe
+
+PACKAGED = Path(__file__).parent.parent / "yamls"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check it.
+    """Read a recipe and check all that can be checked without data or weights.
 
     Args:
-        path: A YAML file; its name is the default `run_name`.
+        path: A YAML file, or the name of a recipe that comes with the package; its name is the default `run_name`.
         overrides: Settings like `optimizer.lr=1e-3`, the later ones winning.
 
     Raises:
-        InputError: No such file, no YAML, an unknown key, a value of the wrong type or outside its range.
+        InputError: No such file, or no YAML; unknown keys, values of a wrong type or outside their range: all at once.
     """
-    path = Path(path)
-    from_file = OmegaConf.create({"run_name": path.stem})
-    from_file.merge_with(_read_yaml(path))
-    from_overrides = _read_overrides(overrides)
-    for source in (from_file, from_overrides):
-        _check_keys(source, Recipe)
+    path = find_recipe(path)
+    from_file, from_overrides = _read_yaml(path), _read_overrides(overrides)
     _drop_settings_of_other_schedule(from_file, from_overrides)
+    given = OmegaConf.to_container(OmegaConf.merge({"run_name": path.stem}, from_file, from_overrides))
+    recipe, errors = OmegaConf.structured(Recipe), []
+    for key, value, schema in _find_settings(typing.cast(dict, given), Recipe):
+        try:
+            _set(recipe, key, value, schema)
+        except InputError as error:
+            errors.append(error)
+        except OmegaConfBaseException as error:
+            errors.append(InputError(f"has a value of the wrong type or form: {str(error).splitlines()[0]}", key=key))
+    wrong = {error.key for error in errors}
+    missing = OmegaConf.missing_keys(recipe)
+    errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing - wrong)]
+    if missing:
+        # of what is not complete, the groups that are
+        groups = {str(key): recipe[key] for key in recipe if not OmegaConf.is_missing(recipe, key)}
+        errors += [error for name, group in groups.items() if OmegaConf.is_dict(group)
+                   and not OmegaConf.missing_keys(group) for error in check_group(name, OmegaConf.to_object(group))]
+        raise_errors(errors)
+    settings = _to_recipe(recipe)
+    errors += [error for error in check_recipe(settings) if error.key not in wrong]
+    raise_errors(errors)
+    return settings
+
+
+def _to_recipe(recipe: DictConfig) -> Recipe:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), from_file, from_overrides)
-        OmegaConf.resolve(merged)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise InputError(f"{missing[0]} must be set, in {path} or as {missing[0]}=VALUE")
-        recipe = OmegaConf.to_object(merged)
+        OmegaConf.resolve(recipe)
+        return typing.cast(Recipe, OmegaConf.to_object(recipe))
     except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        raise InputError(f"{error.full_key or 'recipe'} has a value of the wrong type or form: {message}") from error
-    check_recipe(recipe)
-    return recipe
+        raise InputError(f"has an interpolation that leads nowhere: {str(error).splitlines()[0]}",
+                         key=error.full_key or "recipe") from error
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe: the path itself, or that of the packaged recipe by this name.
+
+    Raises:
+        InputError: There is neither.
+    """
+    path, packaged = Path(path), PACKAGED / f"{Path(path).name.removesuffix('.yaml')}.yaml"
+    if path.is_file():
+        return path
+    if len(path.parts) == 1 and packaged.is_file():
+        return packaged
+    names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
+    raise InputError(f"recipe must be a YAML file, no such file: {path} (packaged recipes: {names})")
 
 
 def _read_yaml(path: Path) -> DictConfig:
     try:
         settings = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise InputError(f"recipe must be a YAML file, no such file: {path}") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe must be a YAML file, {path} is not: {' '.join(str(error).split())}") from error
+        raise InputError(f"recipe must be a YAML file, {path} is not: {to_line(error)}") from error
     if not isinstance(settings, DictConfig):
         raise InputError(f"recipe must be a YAML file of key: value lines, {path} is not")
     return settings
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        if "=" not in override:
-            raise InputError(f"overrides must look like key=value, got {override!r}")
+    raise_errors(InputError(f"overrides must look like key=value, got {override!r}")
+                 for override in overrides if "=" not in override)
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        message = " ".join(str(error).split())
-        raise InputError(f"overrides must be key=value with a YAML value: {message}") from error
+        raise InputError(f"overrides must be key=value with a YAML value: {to_line(error)}") from error
 
 
-def _check_keys(settings: DictConfig, schema: type, prefix: str = "") -> None:
-    """Every key must be a field of the schema, at every level."""
+def _find_settings(given: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, Any, type]]:
+    """Full key, value, and the dataclass that should have the key, of every setting; of a group, first as empty."""
+    for name, value in given.items():
+        key, group = f"{prefix}{name}", _find_group(schema, name)
+        if group is not None and isinstance(value, dict):
+            yield key, {}, schema
+            yield from _find_settings(value, group, f"{key}.")
+        else:
+            yield key, value, schema
+
+
+def _find_group(schema: type, name: str) -> type | None:
+    hint = typing.get_type_hints(schema).get(name)
+    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+
+
+def _set(recipe: DictConfig, key: str, value: Any, schema: type) -> None:
+    """Set one setting of the recipe; OmegaConf converts it to the type of its field.
+
+    Raises:
+        InputError: No such key, or a value that OmegaConf would convert without a word.
+        OmegaConfBaseException: A value of another type.
+    """
+    prefix, _, name = key.rpartition(".")
     types = typing.get_type_hints(schema)
-    for key in settings:
-        if key not in types:
-            raise InputError(name_unknown_key(prefix + str(key), str(key), list(types)))
-        inner = next((t for t in (types[key], *typing.get_args(types[key])) if dataclasses.is_dataclass(t)), None)
-        value = settings._get_node(key)
-        if inner is None or value._is_none() or value._is_interpolation():
-            continue
-        if not isinstance(value, DictConfig):
-            raise InputError(f"{prefix}{key} must be a group of settings, got {settings[key]!r}")
-        _check_keys(value, inner, f"{prefix}{key}.")
+    if name not in types:
+        raise InputError(describe_unknown(name, list(types), prefix=f"{prefix}." if prefix else ""), key=key)
+    if types[name] is bool and not isinstance(value, bool):
+        raise InputError(f"must be true or false, got {value!r}", key=key)
+    if _find_group(schema, name) is not None and value not in (None, {}):
+        raise InputError(f"must be a group of settings, got {value!r}", key=key)
+    OmegaConf.update(recipe, key, value, merge=True)
 
 
 def _drop_settings_of_other_schedule(from_file: DictConfig, from_overrides: DictConfig) -> None:

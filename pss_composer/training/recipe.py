@@ -1,45 +1,59 @@
-"""The typed settings of a recipe: every key of a YAML file, with its default."""
+"""The settings of a recipe: every key of a YAML file, with its default and its rules."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from omegaconf import MISSING
 
-from pss_composer.data import Augmentation, StreamingSettings
+from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.data.settings import DataSettings, free_on_resume
+from pss_composer.errors import InputError, collect_errors, find_broken, rename_keys
+from pss_composer.models.shape import ViTShape
+from pss_composer.pretraining.settings import MaskingSettings
+from pss_composer.progress import check_time
+from pss_composer.schedules import SCHEDULES, Schedule, check_keep_rate
+
+MODELS = ("deit", "simmim", "simmim_pretrain")
+LR_SCHEDULES = ("cosine", "multistep")
+SAMPLERS = ("magnitude", "l2_magnitude", "random", "stratified")
+PARALLELISMS = ("ddp", "fsdp", "fsdp2")
+PRECISIONS = ("fp32", "amp_fp16", "amp_bf16")
+DEVICES = ("cpu", "gpu")
+RUN_NAME = re.compile(r"[^/\\\0]+")
 
 
 @dataclass
-class ModelSettings:
-    """Arguments of a model, and the checkpoint that its weights come from.
+class ModelSettings(ViTShape):
+    """A model, its sizes, and the checkpoint that its weights come from.
 
-    Models: `models.DeiT` (`name: deit`), `models.SimMIMClassifier` (`simmim`), `models.SimMIM` (`simmim_pretrain`).
+    Models: `models.deit.DeiT` (`name: deit`), `models.simmim.SimMIMClassifier` (`simmim`), `pretraining.simmim.SimMIM`
+    (`simmim_pretrain`).
     """
 
     name: str = MISSING
     pretrained: str | None = None  # a file that `import-checkpoint` reads
-    size: str = "small"
-    image_size: int = 224
-    patch_size: int = 16
-    num_classes: int = 1000
-    drop_path: float = 0.1
-    is_distilled: bool = False
-    relative_position_bias: bool = False
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
+    is_distilled: bool = False  # of deit
+    relative_position_bias: bool = False  # of deit
 
-
-@dataclass
-class DataSettings(StreamingSettings):
-    """Where the images come from: `digits`, `folder`, `idx`, `streaming` or `synthetic`; and how they are streamed."""
-
-    name: str = MISSING
-    path: str | None = None
-    num_workers: int = 8
-    on_bad_sample: str = "raise"  # or skip
-    num_samples: int = 1024  # of `synthetic`, in each split
+    def check(self) -> list[InputError]:
+        is_deit = self.name == "deit"
+        return super().check() + find_broken(
+            self,
+            ("name", self.name in MODELS, f"must be one of {', '.join(MODELS)}"),
+            ("is_distilled", is_deit or not self.is_distilled, f"must be false for model.name={self.name}"),
+            ("is_distilled", not (self.is_distilled and self.relative_position_bias),
+             "must be false with model.relative_position_bias=true"),
+            ("relative_position_bias", is_deit or not self.relative_position_bias,
+             f"must be false for model.name={self.name}"),
+        )
 
 
 @dataclass
@@ -51,7 +65,20 @@ class OptimizerSettings:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.05
-    layer_decay: float | None = None  # learning rate of a block by that of the next one
+    layer_decay: float | None = None  # learning rate of a block as a share of the next block's
+
+    def check(self) -> list[InputError]:
+        """The rules that the settings break."""
+        return find_broken(
+            self,
+            ("lr", 0 < self.lr < math.inf, "must be above 0 and finite"),
+            ("lr_batch_size", self.lr_batch_size is None or self.lr_batch_size > 0, "must be above 0"),
+            ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+             "must be two numbers in [0, 1)"),
+            ("eps", 0 < self.eps < math.inf, "must be above 0 and finite"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be at least 0 and finite"),
+            ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must be in (0, 1]"),
+        )
 
 
 @dataclass
@@ -63,28 +90,63 @@ class SchedulerSettings:
     alpha_i: float = 0.0  # where the warm-up starts
     alpha_f: float = 0.0  # where the cosine ends
     milestones: list[str] = field(default_factory=list)  # of multistep: times at which the rate falls
-    gamma: float = 0.1  # of multistep: to this share of what it was
+    gamma: float = 0.1  # of multistep: what the rate is multiplied by
+
+    def check(self) -> list[InputError]:
+        """The rules that the settings break."""
+        errors = find_broken(
+            self,
+            ("name", self.name in LR_SCHEDULES, f"must be one of {', '.join(LR_SCHEDULES)}"),
+            ("alpha_i", 0 <= self.alpha_i <= 1, "must be in [0, 1]"),
+            ("alpha_f", 0 <= self.alpha_f <= 1, "must be in [0, 1]"),
+            ("milestones", bool(self.milestones) == (self.name == "multistep"),
+             f"must be times for scheduler.name=multistep and empty for cosine, which is {self.name}"),
+            ("gamma", 0 < self.gamma < math.inf, "must be above 0 and finite"),
+        )
+        errors += collect_errors(check_time, self.warmup, "warmup", is_zero_allowed=True)
+        for milestone in self.milestones:
+            errors += collect_errors(check_time, milestone, "milestones")
+        return errors
 
 
 @dataclass
 class MixingSettings:
+    """Mixup or CutMix, one of the two for every batch.
+
+    Args:
+        mixup_alpha: Both parameters of the Beta distribution of mixup's shares; 0 turns mixup off.
+        cutmix_alpha: The same for CutMix.
+        switch_prob: Probability of CutMix where both are on, in [0, 1].
+    """
+
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     switch_prob: float = 0.5
 
-
-@dataclass
-class MaskingSettings:
-    """Arguments of `PatchMasking`, for `model.name: simmim_pretrain`."""
-
-    unit: int = 32
-    ratio: float = 0.6
+    def check(self) -> list[InputError]:
+        """The rules that the settings break."""
+        errors = find_broken(
+            self,
+            ("mixup_alpha", 0 <= self.mixup_alpha < math.inf, "must be at least 0 and finite"),
+            ("cutmix_alpha", 0 <= self.cutmix_alpha < math.inf, "must be at least 0 and finite"),
+            ("switch_prob", 0 <= self.switch_prob <= 1, "must be in [0, 1]"),
+        )
+        return errors or find_broken(
+            self, ("mixup_alpha", self.mixup_alpha > 0 or self.cutmix_alpha > 0, "or cutmix_alpha must be above 0")
+        )
 
 
 @dataclass
 class EMASettings:
+    """Composer's moving average of the weights."""
+
     smoothing: float = MISSING
     update_interval: str = "1ba"
+
+    def check(self) -> list[InputError]:
+        """The rules that the settings break."""
+        errors = find_broken(self, ("smoothing", 0 < self.smoothing < 1, "must be in (0, 1)"))
+        return errors + collect_errors(check_time, self.update_interval, "update_interval", ("ba", "ep"))
 
 
 @dataclass
@@ -95,6 +157,40 @@ class PSSSettings:
     sampler: str = "magnitude"
     masked_share: float | None = None  # of the sampler `stratified`, for `model.name: simmim_pretrain`
     eval_keep_rate: float = 1.0
+
+    def check(self) -> list[InputError]:
+        """The rules that the settings break."""
+        errors = collect_errors(lambda: self.built_schedule)
+        errors += collect_errors(check_keep_rate, self.eval_keep_rate, "eval_keep_rate")
+        if self.masked_share is not None:
+            errors += collect_errors(check_keep_rate, self.masked_share, "masked_share")
+        return errors + find_broken(
+            self,
+            ("sampler", self.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
+            ("masked_share", self.masked_share is None or self.sampler == "stratified",
+             "must be null unless pss.sampler=stratified"),
+        )
+
+    @cached_property
+    def built_schedule(self) -> Schedule:
+        """The schedule.
+
+        Raises:
+            InputError: Unknown name, unknown argument, bad value.
+        """
+        arguments = dict(self.schedule)
+        name = arguments.pop("name", None)
+        if not isinstance(name, str) or name not in SCHEDULES:
+            raise InputError(f"must be one of {', '.join(SCHEDULES)}, got {name!r}", key="schedule.name")
+        known = [argument.name for argument in dataclasses.fields(SCHEDULES[name])]
+        for argument in arguments:
+            if argument not in known:
+                raise InputError(describe_unknown(argument, known, prefix="pss.schedule.", owner=name),
+                                 key=f"schedule.{argument}")
+        try:
+            return SCHEDULES[name](**arguments)
+        except InputError as error:
+            raise InputError(error.rule, key=f"schedule.{error.key}") from error
 
 
 @dataclass
@@ -129,12 +225,65 @@ class Recipe:
     pss: PSSSettings | None = None
 
     save_folder: str = "runs/${run_name}"
-    save_interval: str = "1ep"
-    save_num_checkpoints_to_keep: int = 1
-    save_overwrite: bool = False
-    autoresume: bool = False
-    load_path: str | None = None
-    load_weights_only: bool = False
+    save_interval: str = free_on_resume("1ep")
+    save_num_checkpoints_to_keep: int = free_on_resume(1)
+    save_overwrite: bool = free_on_resume(False)
+    autoresume: bool = free_on_resume(False)
+    load_path: str | None = free_on_resume(None)
+    load_weights_only: bool = free_on_resume(False)
 
-    progress_bar: bool = True
-    tensorboard: bool = False
+    progress_bar: bool = free_on_resume(True)
+    tensorboard: bool = free_on_resume(False)
+
+    def check(self) -> list[InputError]:
+        """The rules that the settings break, those of the groups included."""
+        errors = find_broken(
+            self,
+            ("run_name", RUN_NAME.fullmatch(self.run_name) is not None and self.run_name not in (".", ".."),
+             "must be a name without separators"),
+            ("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)"),
+            ("device", self.device in (None, *DEVICES), f"must be one of null, {', '.join(DEVICES)}"),
+            ("parallelism", self.parallelism in PARALLELISMS, f"must be one of {', '.join(PARALLELISMS)}"),
+            ("precision", self.precision in (None, *PRECISIONS), f"must be one of null, {', '.join(PRECISIONS)}"),
+            *((name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
+              for name in ("train_batch_size", "eval_batch_size", "microbatch_size")),
+            ("microbatch_size", self.microbatch_size is None or self.microbatch_size <= self.train_batch_size,
+             f"must be at most train_batch_size={self.train_batch_size}"),
+            ("label_smoothing", 0 <= self.label_smoothing <= 1, "must be in [0, 1]"),
+            ("gradient_clipping", self.gradient_clipping is None or 0 < self.gradient_clipping < math.inf,
+             "must be above 0 and finite"),
+            ("save_num_checkpoints_to_keep",
+             self.save_num_checkpoints_to_keep >= 1 or self.save_num_checkpoints_to_keep == -1,
+             "must be at least 1, or -1 for all"),
+            ("save_overwrite", not (self.save_overwrite and self.autoresume),
+             "must be false with autoresume=true: go on with a run or replace it"),
+            ("load_weights_only", self.load_path is not None or not self.load_weights_only,
+             "must be false without load_path"),
+        )
+        for name, units in {"max_duration": ("ep", "ba", "sp"), "eval_interval": ("ep", "ba"),
+                            "save_interval": ("ep", "ba")}.items():
+            errors += collect_errors(check_time, getattr(self, name), name, units)
+        for setting in dataclasses.fields(self):
+            errors += check_group(setting.name, getattr(self, setting.name))
+        return errors
+
+
+def check_group(name: str, settings: Any) -> list[InputError]:
+    """The rules that a group of settings breaks, under the full keys; none for what is not a group."""
+    if not dataclasses.is_dataclass(settings):
+        return []
+    return rename_keys(settings.check(), lambda key: f"{name}.{key}")
+
+
+def describe_unknown(name: str, known: Sequence[str], *, prefix: str = "", owner: str = "a recipe") -> str:
+    """What to say of a key that does not exist, with the nearest one that does.
+
+    Args:
+        name: The key, without the groups that it is in.
+        known: The keys that exist there.
+        prefix: The groups that it is in, like `model.`.
+        owner: What has the known keys.
+    """
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+    return f"is not a key of {owner}; {hint}"

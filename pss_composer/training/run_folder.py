@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
+import dataclasses
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer.utils import dist
 from omegaconf import OmegaConf
 
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, raise_errors
+from pss_composer.locks import OWNER_FILE, FolderLock
 from pss_composer.training.recipe import Recipe
 
-# settings that a resumed run may change: they have no part in what it computes
-FREE_ON_RESUME = ("autoresume", "save_overwrite", "progress_bar", "tensorboard", "save_interval",
-                  "save_num_checkpoints_to_keep", "load_path", "load_weights_only", "data.num_workers", "data.path",
-                  "data.remote", "data.local", "data.cache_limit", "data.predownload", "data.download_retry",
-                  "data.on_bad_sample")
 RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
 
 
-def check_save_folder(recipe: Recipe) -> None:
-    """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten.
+@contextmanager
+def claim_folder(recipe: Recipe) -> Iterator[None]:
+    """Keep the folder of a run for this run while the block runs; rank 0 holds the lock.
+
+    A run that fails before its first checkpoint leaves nothing behind.
 
     Raises:
-        InputError: It is neither, or cannot be written.
+        InputError: Another run is at work there, or has been, without `autoresume` or `save_overwrite`; or the folder
+            cannot be written.
     """
     folder = Path(recipe.save_folder)
-    first_there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not first_there.is_dir() or not os.access(first_there, os.W_OK):
-        raise InputError(f"save_folder must be a folder that can be written, got {recipe.save_folder!r}")
+    _check_earlier_run(recipe, folder)
+    if dist.get_global_rank() != 0:
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FolderLock(folder, key="save_folder")
+    try:
+        yield
+    finally:
+        lock.release()
+        if all(path.name in (RECIPE_FILE, LOG_FILE, OWNER_FILE) for path in folder.iterdir()):
+            for path in folder.iterdir():
+                path.unlink()
+            for path in made:
+                path.rmdir()
+
+
+def _check_earlier_run(recipe: Recipe, folder: Path) -> None:
+    """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten."""
     earlier = folder / RECIPE_FILE
-    if recipe.save_overwrite or not earlier.exists():
+    if recipe.save_overwrite or not earlier.is_file():
         return
     if not recipe.autoresume:
-        raise InputError(f"save_folder must be free, {folder} holds a run: set autoresume=true to go on with it, "
-                         "save_overwrite=true to replace it, or another run_name")
-    there, here = _flatten(OmegaConf.to_container(OmegaConf.load(earlier))), _flatten(asdict(recipe))
-    for key in {**there, **here}:
-        if there.get(key) != here.get(key) and key not in FREE_ON_RESUME:
-            raise InputError(f"save_folder must be of the same recipe under autoresume, {folder} was trained with "
-                             f"{key}={there.get(key)!r}, got {here.get(key)!r}")
+        raise InputError(f"must be free, {folder} holds a run: set autoresume=true to go on with it, "
+                         "save_overwrite=true to replace it, or another run_name", key="save_folder")
+    there = OmegaConf.to_container(OmegaConf.load(earlier))
+    raise_errors(
+        InputError(f"must be of the same recipe under autoresume, {folder} was trained with {difference}",
+                   key="save_folder")
+        for difference in _find_differences(there, recipe)
+    )
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _find_differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
+    """What differs between an earlier recipe and this one, but for the settings that are free on resume."""
+    for setting in dataclasses.fields(here):
+        name, value = setting.name, getattr(here, setting.name)
+        if setting.metadata.get("free_on_resume"):
+            continue
+        earlier = there.get(name) if isinstance(there, dict) else None
+        if dataclasses.is_dataclass(value) and isinstance(earlier, dict):
+            yield from _find_differences(earlier, value, f"{prefix}{name}.")
+        elif earlier != (dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value):
+            yield f"{prefix}{name}={earlier!r}, got {value!r}"
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """What the run was trained with, for `load_run` and a later `autoresume`; rank 0 writes."""
+    """Write down what the run is trained with, for `load_run` and a later `autoresume`; rank 0 writes."""
     if dist.get_global_rank() == 0:
-        folder = Path(recipe.save_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(recipe), folder / RECIPE_FILE)
+        OmegaConf.save(OmegaConf.structured(recipe), Path(recipe.save_folder) / RECIPE_FILE)
 
 
-def remove_empty_run(recipe: Recipe) -> None:
-    """Bad data may show in the first batches only: what a run wrote that has no checkpoint yet goes again."""
-    folder, written = Path(recipe.save_folder), (RECIPE_FILE, LOG_FILE)
-    if dist.get_global_rank() == 0 and all(path.name in written for path in folder.iterdir()):
-        for name in written:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
+def remove_torn_checkpoints(folder: Path) -> bool:
+    """Remove checkpoints that a full disk cut short, files of `torch.save` without a zip file's end; whether any was."""
+    torn = [path for path in folder.glob("ep*-rank*.pt") if path.is_file() and not zipfile.is_zipfile(path)]
+    for path in torn:
+        path.unlink()
+    return bool(torn)
