@@ -20,8 +20,9 @@ from statistics import median
 import torch
 
 from benchmarks.step_time import describe_machine, positive_int, print_table
-from pss_composer.models import SimMIM, SimMIMClassifier
-from pss_composer.models.simmim import build_encoder
+from pss_composer.models.shape import ViTShape
+from pss_composer.models.simmim import SimMIMClassifier
+from pss_composer.pretraining.simmim import SimMIM, build_encoder
 
 MAX_SECONDS = 10
 MAX_MEMORY = 2  # times the file
@@ -30,7 +31,7 @@ TITLES = {"pretraining.pth": "pre-training, with optimizer", "finetuning.pth": "
 
 def build_files(folder: Path) -> None:
     """Write both files; in a process of its own, for Linux hands the peak of a process on to those that it starts."""
-    model = SimMIM(build_encoder("base"))
+    model = SimMIM(build_encoder(ViTShape("base")))
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -40,7 +41,7 @@ def build_files(folder: Path) -> None:
     weights = {names.get(name, name): weight for name, weight in model.state_dict().items()}
     weights["decoder.0.weight"] = weights["decoder.0.weight"][:, :, None, None]
     torch.save({"model": weights, "optimizer": optimizer.state_dict(), "epoch": 799}, folder / "pretraining.pth")
-    torch.save({"model": SimMIMClassifier("base").vit.state_dict()}, folder / "finetuning.pth")
+    torch.save({"model": SimMIMClassifier(ViTShape("base")).vit.state_dict()}, folder / "finetuning.pth")
 
 
 def measure(*arguments: str) -> tuple[float, float]:

@@ -19,11 +19,10 @@ from torch import Tensor
 from benchmarks.step_time import NUM_WARMUP_ROUNDS, describe_machine, positive_int, print_table, wait_for
 from pss_composer import PatchSampler, apply_patch_sampling
 from pss_composer.evaluation.runs import KEEP_RATES
+from pss_composer.models.shape import SIZES, ViTShape
 from pss_composer.pretraining.masking import draw_masks
-from pss_composer.models import SimMIM
-from pss_composer.models.classifier import SIZES
-from pss_composer.models.simmim import build_encoder
-from pss_composer.sampling import StratifiedSampler
+from pss_composer.pretraining.simmim import SimMIM, build_encoder
+from pss_composer.pretraining.stratified import StratifiedSampler
 from pss_composer.schedules import Cyclic, keep_rates
 
 MAX_RATIO = 0.70  # of the dense step, at the schedule's mean keep rate of 0.64; set for ViT-S, 2 CPU threads

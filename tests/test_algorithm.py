@@ -32,11 +32,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import pss_composer.ema
+import pss_composer.training.ema
 from pss_composer import PatchSampler, PatchSamplingSchedule
-from pss_composer.training.mixing import MixUpCutMix
 from pss_composer.models.classifier import ViTClassifier
 from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, keep_rates
+from pss_composer.training.mixing import MixUpCutMix
 
 pytestmark = [
     # a checkpoint of an epoch's last batch resumes before that epoch's end: Composer has no batch left for it
@@ -385,7 +385,7 @@ SETTINGS = {
     "mixup_cutmix": Setting(lambda: [MixUpCutMix(7)]),
     "label_smoothing": Setting(lambda: [LabelSmoothing(0.1)]),
     "ema": Setting(lambda: [EMA(half_life="3ba", update_interval="1ba")], options=EVALUATED),
-    "own_ema_beit": Setting(lambda: [pss_composer.ema.EMA(half_life="3ba")], vit="beit", options=EVALUATED),
+    "own_ema_beit": Setting(lambda: [pss_composer.training.ema.EMA(half_life="3ba")], vit="beit", options=EVALUATED),
     "gradient_clipping": Setting(lambda: [GradientClipping("norm", 0.1)]),
     "channels_last": Setting(lambda: [ChannelsLast()]),
     # Composer's own warning: SAM's optimizer state does not load
@@ -396,7 +396,7 @@ SETTINGS = {
     "accumulation": Setting(options={"device_train_microbatch_size": 1}),
     "everything": Setting(
         lambda: [MixUpCutMix(7), LabelSmoothing(0.1), GradientClipping("norm", 1.0), ChannelsLast(),
-                 pss_composer.ema.EMA(half_life="3ba")],
+                 pss_composer.training.ema.EMA(half_life="3ba")],
         sampler="random", vit=lambda: VisionTransformer(**SMALL, **DROP),
         options={"device_train_microbatch_size": 2, **EVALUATED},
     ),
@@ -541,7 +541,7 @@ def test_ema_leaves_integer_buffers_alone():
         def eval_batch_start(self, state, logger):
             seen.append([buffer.clone() for buffer in state.model.buffers() if not buffer.is_floating_point()])
 
-    ema = pss_composer.ema.EMA(half_life=None, smoothing=0.9, update_interval="1ba")
+    ema = pss_composer.training.ema.EMA(half_life=None, smoothing=0.9, update_interval="1ba")
     trainer = build_trainer([PatchSamplingSchedule(), ema], vit="beit", callbacks=IndexRecorder(), **EVALUATED)
     expected = [buffer.clone() for buffer in trainer.state.model.buffers() if not buffer.is_floating_point()]
     trainer.fit()
@@ -558,7 +558,7 @@ def test_ema_averages_the_weights(name):
         def batch_end(self, state, logger):
             weights.append([parameter.detach().clone() for parameter in state.model.parameters()])
 
-    ema = pss_composer.ema.EMA(half_life=None, smoothing=0.75, update_interval="1ba")
+    ema = pss_composer.training.ema.EMA(half_life=None, smoothing=0.75, update_interval="1ba")
     trainer = train([PatchSamplingSchedule(), ema], vit=name, callbacks=WeightRecorder(), max_duration="6ba")
     average = weights[0]
     for new in weights[1:]:

@@ -6,8 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-
 from support.paths import VECTORS
+
 from pss_composer.schedules import Cosine, Cyclic, Fixed, Linear, Piecewise, Progress, keep_rates
 
 REFERENCE_RUNS = json.loads((VECTORS / "schedules.json").read_text())

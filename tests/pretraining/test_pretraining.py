@@ -8,16 +8,17 @@ import torch
 from composer import Callback, Trainer
 from composer.core import DataSpec, Event, Timestamp
 from safetensors import safe_open
+from support.paths import VECTORS
 from timm.models.beit import Beit
 from torch.nn.functional import conv2d, pixel_shuffle
 from torch.utils.data import DataLoader, TensorDataset
 
-from support.paths import VECTORS
 from pss_composer import PatchSamplingSchedule, apply_patch_sampling
+from pss_composer.models.shape import ViTShape
+from pss_composer.models.simmim import SimMIMClassifier
 from pss_composer.pretraining.masking import PatchMasking, draw_masks
-from pss_composer.models import SimMIM, SimMIMClassifier
-from pss_composer.models.simmim import build_encoder
-from pss_composer.sampling import StratifiedSampler
+from pss_composer.pretraining.simmim import SimMIM, build_encoder
+from pss_composer.pretraining.stratified import StratifiedSampler
 from pss_composer.schedules import Fixed
 
 REFERENCE = safe_open(VECTORS / "simmim_pretrain_vectors.safetensors", framework="pt")
@@ -53,8 +54,8 @@ def reference_batch():
 
 def small_model(depth=2):
     torch.manual_seed(0)
-    return SimMIM(build_encoder("tiny", image_size=32, patch_size=4, embed_dim=32, depth=depth, num_heads=4,
-                                drop_path=0.0))
+    return SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=4, embed_dim=32, depth=depth, num_heads=4,
+                                drop_path=0.0)))
 
 
 def small_batch(num_images=3):
@@ -306,8 +307,8 @@ class Watch(Callback):
 def pretrain(folder, *, sampler=None, stop_at=None, autoresume=False, seed=3, microbatch_size=None, duration="2ep",
              drop_path=0.2):
     torch.manual_seed(0)
-    model = SimMIM(build_encoder("tiny", image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
-                                 drop_path=drop_path))
+    model = SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
+                                 drop_path=drop_path)))
     data = TensorDataset(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(5)), torch.zeros(24))
     watch = Watch()
     pss = [PatchSamplingSchedule(Fixed(0.5), sampler=sampler)] if sampler else []
@@ -358,7 +359,7 @@ def test_another_rank_has_other_masks(tmp_path, monkeypatch):
     _, watch = pretrain(tmp_path, duration="1ba")
     monkeypatch.setattr("pss_composer.masking.dist.get_global_rank", lambda: 1)
     masking, state = PatchMasking(unit=16), SimpleNamespace(
-        model=SimMIM(build_encoder("tiny", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4)),
+        model=SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4))),
         batch=torch.zeros(4, 3, 32, 32), rank_zero_seed=3, timestamp=Timestamp(), eval_timestamp=None,
         predict_timestamp=None)
     masking.apply(Event.INIT, state, None)
@@ -406,7 +407,7 @@ def start(model, *algorithms):
 
 def test_masking_is_for_simmim_alone_and_images_of_whole_units():
     with pytest.raises(TypeError, match="PatchMasking is for models.SimMIM, got SimMIMClassifier"):
-        start(SimMIMClassifier("tiny", image_size=32, depth=1), PatchMasking())
+        start(SimMIMClassifier(ViTShape("tiny", image_size=32, depth=1)), PatchMasking())
     with pytest.raises(ValueError, match="unit must be a multiple of the patch size 4 and divide .* 32 x 32, got 24"):
         start(small_model(1), PatchMasking(unit=24))
     for arguments, message in [({"unit": 0}, "unit must be at least 1, got 0"), ({"ratio": 0.0}, r"ratio must be in")]:

@@ -20,10 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pss_composer import PatchSamplingSchedule
+from pss_composer.models.deit import DeiT
+from pss_composer.models.shape import ViTShape
+from pss_composer.models.simmim import SimMIMClassifier
+from pss_composer.schedules import Cyclic
 from pss_composer.training.ema import EMA
 from pss_composer.training.mixing import MixUpCutMix
-from pss_composer.models import DeiT, SimMIMClassifier
-from pss_composer.schedules import Cyclic
 
 BATCH_SIZE = 8
 BATCHES_PER_EPOCH = 10
@@ -53,7 +55,7 @@ def build_dataspec(*, shuffle: bool) -> DataSpec:
 def run(name: str, algorithms: list, *, drop_path: float = 0.0, **options) -> dict:
     """Train two epochs; what was logged, and a digest of the weights (of this rank's shards of them)."""
     reproducibility.seed_all(3)  # every rank starts from the same weights
-    model = MODELS[name](**SMALL, drop_path=drop_path)
+    model = MODELS[name](ViTShape(**SMALL, drop_path=drop_path))
     logger = InMemoryLogger()
     trainer = Trainer(
         model=model,

@@ -12,12 +12,12 @@ import distributed_script
 import pytest
 import torch
 from support.distributed_script import MODELS, PARALLELISMS, RESUMED, STOPS
-
 from support.launch import launch
 from support.paths import ROOT
-from pss_composer.checkpoints import load_checkpoint
-from pss_composer.models import SimMIM
-from pss_composer.models.simmim import build_encoder
+
+from pss_composer.checkpoints.transfer import load_checkpoint
+from pss_composer.models.shape import ViTShape
+from pss_composer.pretraining.simmim import SimMIM, build_encoder
 
 # of 64 patches and a class token, by hand: 0.2 * 65 = 13, ...
 TOKENS = {0.2: 13, 0.4: 26, 0.6: 39, 0.8: 52, 1.0: 65}
@@ -123,7 +123,7 @@ def test_pretraining_on_two_processes_is_the_same_in_every_parallelism(tmp_path)
         errors[name] = [line["metrics/eval/masked_l1"] for line in lines if "metrics/eval/masked_l1" in line]
         assert [line["pss/keep_rate"] for line in lines if "pss/keep_rate" in line] == pytest.approx([0.2, 0.6, 1, 0.6])
         # what one process makes of two processes' checkpoint
-        load_checkpoint(SimMIM(build_encoder("tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)),
+        load_checkpoint(SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2))),
                         tmp_path / name / "latest-rank0.pt")
     assert len(losses["ddp"]) == 4 and losses["ddp"][3] < losses["ddp"][0]
     for name in ("fsdp2", "checkpointing"):

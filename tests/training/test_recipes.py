@@ -12,19 +12,19 @@ import torch
 from composer import Callback
 from composer.algorithms import GradientClipping, LabelSmoothing
 from omegaconf import OmegaConf
+from support.paths import ROOT, YAMLS
+from support.recipes import SMOKE, read_log, smoke
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
-from support.paths import ROOT, YAMLS
-from support.recipes import SMOKE, read_log, smoke
 from pss_composer import training
 from pss_composer.data.sources.digits import write_images
-from pss_composer.training.ema import EMA
 from pss_composer.errors import InputError
+from pss_composer.schedules import Cyclic, Fixed, Linear
+from pss_composer.training.ema import EMA
 from pss_composer.training.mixing import MixUpCutMix
 from pss_composer.training.optim import build_optimizer
 from pss_composer.training.reading import load_recipe
-from pss_composer.schedules import Cyclic, Fixed, Linear
 from pss_composer.training.trainer import build_algorithms, build_model, build_trainer, main, train
 
 RECIPES = sorted(YAMLS.glob("*.yaml"))
