@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -77,7 +78,7 @@ class PatchSamplingSchedule(Algorithm):
             # a model may compute its training metrics in another forward pass, in eval mode, before the batch ends
             self._num_tokens = self._patch_sampler.num_tokens
         else:
-            metrics = {"pss/keep_rate": self._patch_sampler.keep_rate, "pss/tokens": self._num_tokens}
+            metrics: dict[str, Any] = {"pss/keep_rate": self._patch_sampler.keep_rate, "pss/tokens": self._num_tokens}
             # the step of the batch's loss; the timestamp is that of the next batch already
             logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
 

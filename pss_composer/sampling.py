@@ -179,15 +179,15 @@ class PatchSampler(nn.Module):
             raise ValueError(f"sampler must return keep_indices of shape {(tokens.shape[0], k)}, "
                              f"got {tuple(keep_indices.shape)}")
         self.keep_indices = keep_indices
-        return gather_tokens(tokens, self.kept_positions())
+        return gather_tokens(tokens, self._to_positions(keep_indices))
 
     def kept_positions(self) -> Tensor | None:
         """Where the tokens of the last forward pass stood in its input: (B, P + k), or None if all were kept."""
-        if self.keep_indices is None:
-            return None
-        prefix = torch.arange(self.num_prefix_tokens, device=self.keep_indices.device)
-        prefix = prefix.expand(self.keep_indices.shape[0], -1)
-        return torch.cat((prefix, self.keep_indices + self.num_prefix_tokens), dim=1)
+        return None if self.keep_indices is None else self._to_positions(self.keep_indices)
+
+    def _to_positions(self, keep_indices: Tensor) -> Tensor:
+        prefix = torch.arange(self.num_prefix_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+        return torch.cat((prefix, keep_indices + self.num_prefix_tokens), dim=1)
 
     def extra_repr(self) -> str:
         return (f"sampler={describe(self.sampler)}, num_prefix_tokens={self.num_prefix_tokens}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from pss_composer.sampling import PatchSampler, Sampler
 from pss_composer.surgery import timm as timm_adapters
 
 # model class -> function that fits a sampler into a model of this class
-ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, PatchSampler], None]] = {
+ADAPTERS: dict[type[nn.Module], Callable[[Any, PatchSampler], None]] = {
     **timm_adapters.ADAPTERS,
 }
 
@@ -50,7 +51,7 @@ def apply_patch_sampling(
 
     vit, adapter = _find_vit(model)
     patch_sampler = PatchSampler(
-        sampler, num_prefix_tokens=vit.num_prefix_tokens, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate
+        sampler, num_prefix_tokens=cast(int, vit.num_prefix_tokens), keep_rate=keep_rate, eval_keep_rate=eval_keep_rate
     )
     adapter(vit, patch_sampler)
     # a module is born in training mode, also in a model that is being evaluated
@@ -58,13 +59,13 @@ def apply_patch_sampling(
     return patch_sampler
 
 
-def _find_vit(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, PatchSampler], None]]:
+def _find_vit(model: nn.Module) -> tuple[nn.Module, Callable[[Any, PatchSampler], None]]:
     vits = [
         (module, adapter)
         for module in model.modules()
         for model_class, adapter in ADAPTERS.items()
         # who overrides forward_features may leave the slot out, and nothing would be sampled without a word
-        if isinstance(module, model_class) and type(module).forward_features is model_class.forward_features
+        if isinstance(module, model_class) and _forward_features(type(module)) is _forward_features(model_class)
     ]
     supported = ", ".join(f"{cls.__module__.split('.')[0]} {cls.__name__}" for cls in ADAPTERS)
     if not vits:
@@ -76,3 +77,7 @@ def _find_vit(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, PatchSa
         raise TypeError(f"{type(model).__name__} has {len(vits)} ViTs ({names}): call apply_patch_sampling on the one "
                         "that is meant first")
     return vits[0]
+
+
+def _forward_features(model_class: type[nn.Module]) -> Any:
+    return getattr(model_class, "forward_features", None)

@@ -6,18 +6,22 @@ runs a block again after other forward passes, sees those of its own pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
 
 
 def fit_vision_transformer(vit: VisionTransformer, sampler: PatchSampler) -> None:
     """ViT, DeiT, distilled DeiT, DeiT-III, CLIP, SigLIP, ...: timm's own place for dropping patches."""
     if not isinstance(vit.patch_drop, nn.Identity):
-        raise ValueError(f"patch_drop_rate must be 0 under patch sampling, got {vit.patch_drop}")
-    vit.patch_drop = sampler
+        raise InputError(f"must be 0 under patch sampling, got {vit.patch_drop}", key="patch_drop_rate")
+    vit.register_module("patch_drop", sampler)
 
 
 def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
@@ -26,7 +30,7 @@ def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
     has_bias_per_block = attentions[0].relative_position_bias_table is not None
     if has_bias_per_block and beit.rel_pos_bias is not None:
         raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
-    beit.pos_drop = nn.Sequential(beit.pos_drop, sampler)
+    beit.register_module("pos_drop", nn.Sequential(beit.pos_drop, sampler))
     if has_bias_per_block:
         # Beit calls its shared bias behind pos_drop and hands the result to every block
         beit.rel_pos_bias = KeptPairs(sampler, attentions[0])
@@ -37,7 +41,10 @@ def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
         beit.rel_pos_bias.kept_pairs = KeptPairs(sampler, beit.rel_pos_bias)
 
 
-ADAPTERS = {VisionTransformer: fit_vision_transformer, Beit: fit_beit}
+ADAPTERS: dict[type[nn.Module], Callable[[Any, PatchSampler], None]] = {
+    VisionTransformer: fit_vision_transformer,
+    Beit: fit_beit,
+}
 
 
 class KeptPairs(nn.Module):
@@ -48,10 +55,13 @@ class KeptPairs(nn.Module):
         bias: A module of Beit's with a `relative_position_index` and its `window_size`.
     """
 
+    relative_position_index: Tensor
+
     def __init__(self, sampler: PatchSampler, bias: Attention | RelativePositionBias) -> None:
         super().__init__()
         self.sampler = sampler
-        self.register_buffer("relative_position_index", bias.relative_position_index.clone(), persistent=False)
+        index = cast(Tensor, bias.relative_position_index)
+        self.register_buffer("relative_position_index", index.clone(), persistent=False)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """Follow `Beit.set_input_size`."""
@@ -83,6 +93,8 @@ class SampledAttention(Attention):
 
 class SampledRelativePositionBias(RelativePositionBias):
     """Beit's shared bias at the kept pairs."""
+
+    kept_pairs: KeptPairs
 
     def forward(self) -> Tensor:
         pairs = self.kept_pairs()

@@ -2,6 +2,8 @@
 
 import json
 
+from pss_composer.errors import exit_on_input_error
+from pss_composer.training.command import train_recipe
 from support.paths import YAMLS
 
 SMOKE = [
@@ -22,3 +24,15 @@ def read_log(folder):
     settings, *lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert ("pss/slot" in settings["settings"]) == any("pss/keep_rate" in line for line in lines)
     return lines
+
+
+def train_by_command(arguments):
+    """`pss train ARGUMENTS`, in this process."""
+    recipe, *overrides = (argument for argument in arguments if argument != "--debug")
+    with exit_on_input_error(debug="--debug" in arguments):
+        train_recipe(recipe, overrides)
+
+
+def split(arguments):
+    """The two arguments of `load_recipe`."""
+    return arguments[0], arguments[1:]

@@ -1,19 +1,12 @@
 """Two processes, started through Composer's launcher, against one at the same global batch."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import distributed_script
 import pytest
 import torch
 from support.distributed_script import MODELS, PARALLELISMS, RESUMED, STOPS
 from support.launch import launch
-from support.paths import ROOT
 
 from pss_composer.checkpoints.transfer import load_checkpoint
 from pss_composer.models.shape import ViTShape
