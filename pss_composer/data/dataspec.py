@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
@@ -11,8 +11,9 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from pss_composer.data.augmentation.builders import build_device_transform, build_transform
+from pss_composer.data.augmentation.device import DeviceTransform
 from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.data.augmentation.transforms import build_transform
 from pss_composer.data.loader import EpochSampler, Loader
 from pss_composer.data.samples import Collate
 from pss_composer.data.settings import DataSettings
@@ -34,27 +35,24 @@ def build_dataspec(
     """A split as batches (images (B, 3, H, W) float32, labels (B,) int64) for Composer's Trainer.
 
     Training sees the images in a new order every epoch and drops the incomplete last batch; evaluation sees all of
-    them, in order, with nothing random. What training sees depends on the seed alone, not on the number of workers or
-    on where a run was stopped and resumed; where rectangles are erased, in the form `fast`, on the global random
-    generators. To resume what else draws from them within an epoch, call `loader.restore_generators`.
+    them, in order, with nothing random. What training sees follows from the seed alone, whatever the number of workers
+    and wherever a run was stopped and resumed; only the form `fast` erases rectangles by the global random generators.
+    To resume what else draws from them within an epoch, call `loader.restore_generators`.
 
     Args:
         settings: The source and how to read it.
-        augmentation: What happens to training images, and the normalization of all. Synthetic images stay as they are.
+        augmentation: What happens to training images, and the normalization of all; not for synthetic images.
         split: `train` or `val`.
         batch_size: Images in the batch of one device.
         image_size: Height and width in pixels.
-        num_classes: Classes that the model tells apart; labels must be below. None where labels are not used
-            (self-supervised pre-training): nothing about them is checked, and synthetic ones are all 0.
+        num_classes: Classes that the model distinguishes; labels must be below. None where labels are not used
+            (self-supervised pre-training): they are not checked, and synthetic ones are all 0.
         seed: Seeds the order, the augmentation and synthetic images, at least 0.
-        device: Where batches are normalized and rectangles erased, and where they are when the Trainer gets them.
-
-    Returns:
-        The data loader with what happens to its batches.
+        device: Where batches are normalized and rectangles erased, and where the Trainer gets them.
 
     Raises:
-        InputError: Bad settings, or bad data; its key is a setting's name or an argument. Labels are checked as they
-            are read.
+        InputError: Bad settings or bad data; its key is the name of a setting or of an argument. Labels are checked as
+            they are read.
     """
     raise_errors([*settings.check(), *augmentation.check()])
     if split not in ("train", "val"):
@@ -62,67 +60,76 @@ def build_dataspec(
     if batch_size < 1:
         raise InputError(f"must be at least 1 on every device, got {batch_size}", key="batch_size")
     is_training = split == "train"
-    repeats = augmentation.repeats if is_training and not augmentation.is_plain else 1
-    dataset = import_module(f"pss_composer.data.sources.{settings.name}").open_images(Request(
+    request = Request(
         settings,
         split=split,
         transform=build_transform(augmentation, image_size, is_training=is_training),
         image_size=image_size,
         num_classes=num_classes,
         batch_size=batch_size,
-        repeats=repeats,
+        repeats=augmentation.repeats if is_training and not augmentation.is_plain else 1,
         seed=seed,
         on_bad_sample={"raise": "raise", "skip": "replace" if is_training else "leave_out"}[settings.on_bad_sample],
-    ))
-    loader = _build_loader(dataset, settings, is_training, batch_size, repeats, seed, torch.device(device))
-    device_transform = build_device_transform(augmentation, is_training=is_training)
-
-    def prepare(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        if num_classes is not None:
-            # here and not in a worker, where nobody can tell which batch it is of
-            for label in labels.aminmax():
-                if not 0 <= label < num_classes:
-                    raise InputError(f"labels must be in [0, num_classes={num_classes}), got {int(label)}")
-        return device_transform(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-
-    num_samples = dataset.size if isinstance(dataset, IterableDataset) else len(dataset)
-    return DataSpec(loader, num_samples=num_samples, batch_transforms=prepare, split_batch=_split_batch)
+    )
+    dataset = import_module(f"pss_composer.data.sources.{settings.name}").open_images(request)
+    loader = _build_loader(dataset, request, torch.device(device))
+    to_input = _build_batch_transform(DeviceTransform(augmentation, is_training=is_training), num_classes, device)
+    return DataSpec(loader, num_samples=_count(dataset), batch_transforms=to_input, split_batch=_split_batch)
 
 
-def _build_loader(
-    dataset: Dataset, settings: DataSettings, is_training: bool, batch_size: int, repeats: int, seed: int,
-    device: torch.device,
-) -> Loader:
+def _build_loader(dataset: Dataset, request: Request, device: torch.device) -> Loader:
+    is_training = request.split == "train"
     sampler = None  # an iterable dataset divides its images among the devices itself
     if not isinstance(dataset, IterableDataset):
         sampler = EpochSampler(
             dataset,
-            repeats=repeats,
+            repeats=request.repeats,
             num_replicas=dist.get_world_size(),
             rank=dist.get_global_rank(),
             shuffle=is_training,
-            seed=seed,
+            seed=request.seed,
             drop_last=is_training,
         )
+    num_workers = request.settings.num_workers
     loader = Loader(
         dataset,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         sampler=sampler,
-        collate_fn=Collate(repeats),
+        collate_fn=Collate(request.repeats),
         drop_last=is_training,
-        num_workers=settings.num_workers,
-        persistent_workers=settings.num_workers > 0,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda",
         # every pass over a loader draws a seed for its workers, by default from the global generator
         generator=torch.Generator(),
     )
     if is_training and len(loader) == 0:
-        num_samples = dataset.size if sampler is None else len(dataset)
-        global_batch_size = batch_size * dist.get_world_size()
-        raise InputError(f"must be at most the {num_samples} training images, got {global_batch_size}",
+        global_batch_size = request.batch_size * dist.get_world_size()
+        raise InputError(f"must be at most the {_count(dataset)} training images, got {global_batch_size}",
                          key="batch_size")
     return loader
+
+
+def _build_batch_transform(
+    transform: DeviceTransform, num_classes: int | None, device: str | torch.device
+) -> Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """From a batch of the loader to the model's input, on the device."""
+
+    def to_input(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if num_classes is not None:
+            # here and not in a worker, which would fail batches before the bad one is due
+            for label in labels.aminmax():
+                if not 0 <= label < num_classes:
+                    raise InputError(f"must fit the labels, which must be in [0, {num_classes}), got {int(label)}",
+                                     key="num_classes")
+        return transform(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+    return to_input
+
+
+def _count(dataset: Dataset) -> int:
+    return dataset.size if isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def _split_batch(batch: Sequence[Tensor], microbatch_size: int) -> list[tuple[Tensor, ...]]:

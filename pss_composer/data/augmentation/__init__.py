@@ -1,1 +1,1 @@
-"""What happens to an image, in a worker and on the device."""
+"""What happens to an image: in a worker of the loader (`transforms`), then on the device (`device`)."""

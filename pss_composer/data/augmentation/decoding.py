@@ -14,19 +14,19 @@ from pss_composer.errors import to_line
 
 
 class BadImage(ValueError):
-    """Bytes that are no whole picture; one line with the decoder's reason."""
+    """A picture that does not decode; one line with the decoder's reason."""
 
 
 def decode_tensor(data: bytes) -> Tensor:
-    """The pixels of a picture; of a JPEG through torchvision, of any other format through PIL, as RGB.
+    """The pixels of a picture as RGB: torchvision decodes a JPEG, PIL any other format.
 
-    Both use libjpeg-turbo in the same way: the pixels are those that PIL gives, bit for bit.
+    Both call libjpeg-turbo in the same way, so that the pixels are those of PIL, bit for bit.
 
     Args:
         data: A whole file.
 
     Returns:
-        uint8 (3, H, W), of a JPEG in the memory format `torch.channels_last`.
+        uint8 (3, H, W); for a JPEG in the memory format `torch.channels_last`.
 
     Raises:
         BadImage: The bytes do not decode.
@@ -47,7 +47,7 @@ def decode_pil(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except UnidentifiedImageError:  # names an object at an address
+    except UnidentifiedImageError:  # its message holds a memory address
         raise BadImage("cannot identify image file") from None
-    except Exception as error:  # what PIL's many decoders raise for broken files has no common class
+    except Exception as error:  # PIL's decoders raise exceptions of many classes for broken files
         raise BadImage(to_line(error)) from None

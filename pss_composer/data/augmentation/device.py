@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from pss_composer.data.augmentation.settings import Augmentation
+
 
 class DeviceTransform:
-    """Normalizes a whole batch, and erases rectangles in it (https://arxiv.org/abs/1708.04896), on the device.
+    """Normalizes a batch and erases rectangles in it (https://arxiv.org/abs/1708.04896), as timm does.
 
-    Draws from the global generators, Python's for the rectangles and torch's for the noise in them.
+    It draws from the global generators: Python's for the rectangles, torch's for the normal noise in them.
 
     Args:
-        mean: Of the red, green and blue channels, in [0, 1].
-        std: Of the red, green and blue channels.
-        random_erasing: Probability, for each image, of filling one rectangle with normal noise, as timm does.
+        augmentation: Settings.
+        is_training: Erase, unless `augmentation.is_plain`.
     """
 
-    def __init__(self, *, mean: Sequence[float], std: Sequence[float], random_erasing: float) -> None:
-        self.mean = 255 * torch.tensor(mean).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std).view(3, 1, 1)
-        self.random_erasing = random_erasing
+    def __init__(self, augmentation: Augmentation, *, is_training: bool) -> None:
+        self.mean = 255 * torch.tensor(augmentation.mean).view(3, 1, 1)
+        self.std = 255 * torch.tensor(augmentation.std).view(3, 1, 1)
+        self.random_erasing = augmentation.random_erasing if is_training and not augmentation.is_plain else 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images as a transform of `augmentation.transforms` makes them, to normalized float32 (B, 3, H, W).
+        """Normalize images, as a transform of `augmentation.transforms` makes them.
 
         Args:
-            images: On the device, uint8 (B, H, W, 3); float32 (B, 3, H, W) is normalized already and stays as it is.
+            images: On the device. uint8 (B, H, W, 3), or float32 (B, 3, H, W), which is returned as it is.
+
+        Returns:
+            float32 (B, 3, H, W).
         """
         if images.dtype != torch.uint8:
             return images
@@ -38,6 +40,6 @@ class DeviceTransform:
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         images = images.sub_(self.mean).div_(self.std)
         if self.random_erasing:
-            # here, not in __init__: timm's object holds its device
+            # not in __init__: timm's object is bound to a device
             images = RandomErasing(self.random_erasing, mode="pixel", device=images.device)(images)
         return images

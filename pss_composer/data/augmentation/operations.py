@@ -1,7 +1,8 @@
-"""Operations of timm's RandAugment that give PIL's pixels in a fraction of PIL's time.
+"""Operations of timm's RandAugment that give PIL's pixels several times as fast as PIL.
 
-PIL's bicubic samples every shear and translation over 4 × 4 pixels, though they move pixels along one axis only; and it
-blends brightness and contrast with a second image, though every pixel's new value follows from its old one alone.
+PIL's bicubic interpolation reads 4 × 4 pixels for every pixel of a shear or a translation, although these move pixels
+along one axis only. For brightness and contrast PIL blends with a second image, although a table of 256 values is
+enough.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ def _move_rows(
     fillcolor: tuple[int, int, int],
     resample: Image.Resampling | tuple[Image.Resampling, ...],
 ) -> Image.Image:
-    """Move row y by slope × (y + 0.5) + offset pixels to the left, with the pixels of PIL's affine transform.
+    """Move row y by slope × (y + 0.5) + offset pixels to the left; the pixels are those of PIL's affine transform.
 
     Args:
         image: In mode RGB.
         slope: Of a shear.
         offset: Of a translation.
-        fillcolor: Of what moves in from outside.
+        fillcolor: Of the pixels that move in from outside.
         resample: The interpolation, or several to draw one from.
     """
     if isinstance(resample, tuple):
@@ -97,7 +98,7 @@ def _move_rows(
     padded[:, :before] = pixels[:, :1]
     padded[:, before:before + width] = pixels
     padded[:, before + width:] = pixels[:, -1:]
-    # from here on a row is a line of bytes, three to a pixel: every window of a row, and of those the one that counts
+    # now a row is a line of bytes, three per pixel: view every window of every row, then take one window per row
     shape = (height, before + after - 2, 3 * (width + 3))
     windows = np.lib.stride_tricks.as_strided(padded, shape, (padded.strides[0], 3, 1))
     values = torch.from_numpy(windows[np.arange(height), before + whole - 1]).float()
@@ -106,10 +107,10 @@ def _move_rows(
     blend = values[:, :3 * width] * weights[0]
     for tap in (1, 2, 3):
         blend.addcmul_(values[:, 3 * tap:3 * (tap + width)], weights[tap])
-    # what is behind the point is cut off, as PIL does: sums just below a whole number would darken flat areas
+    # the conversion truncates, as PIL does; without 2**-14, sums just below a whole number would darken flat areas
     moved = blend.add_(2**-14).clamp_(0, 255).to(torch.uint8).numpy()
 
-    # outside is what comes from before 0 or from `width` on: at the one end of a row or at the other
+    # fill the pixels that come from outside, at the left end of a row (before `begin`) or at the right (from `end` on)
     fill = np.tile(np.array(fillcolor, np.uint8), width)
     begin = 3 * np.ceil(-0.5 - shifts).clip(0, width)[:, None]
     end = 3 * np.ceil(width - 0.5 - shifts).clip(0, width)[:, None]

@@ -1,4 +1,4 @@
-"""Randomness that follows from a seed alone, and leaves the global generators as they were."""
+"""Random numbers that follow from a seed alone and leave the global generators as they were."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators inside the block, and put them back afterwards.
+    """Seed Python's, NumPy's and torch's CPU generators for the block, and restore them afterwards.
 
-    timm's transforms draw from all three. Putting them back keeps a data loader without workers, which runs
-    in the main process, from disturbing the generators that training draws from.
+    timm's transforms draw from all three. A data loader without workers runs in the main process and must not change
+    the generators that training draws from.
 
     Args:
         seed: In [0, 2**64).
@@ -35,7 +35,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_python(seed: int) -> Iterator[None]:
-    """The same for Python's generator alone, which takes a tenth of the time.
+    """The same for Python's generator alone, in a tenth of the time.
 
     Args:
         seed: At least 0.

@@ -11,26 +11,25 @@ from pss_composer.errors import InputError, find_broken
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMS = ("fast", "timm")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
-# what timm's parser understands; much of the rest it skips in silence
+# what timm's parser understands; it skips most other parts without a message
 RAND_AUGMENT = re.compile(r"rand(-((m|mmax|n)\d+|(mstd|p)\d+(\.\d+)?|inc[01]|t(weights|3a|3aw)))*")
 
 
 @dataclass
 class Augmentation:
-    """What happens to an image on its way to the model; the defaults are those of SimMIM and DeiT fine-tuning at 224 px.
+    """What happens to an image on its way to the model; the defaults are those of SimMIM and DeiT fine-tuning at 224.
 
     Args:
-        form: `fast`, or `timm` for the transforms of SimMIM and DeiT themselves. Both have the same distribution; a
-            seed gives other pictures in the one than in the other.
-        is_plain: Training images are prepared as evaluation images are, with nothing random, whatever
-            stands below.
+        form: `timm` for the transforms that SimMIM and DeiT train with, or `fast` for faster ones. Both have the same
+            distribution, but a seed gives different pictures.
+        is_plain: Prepare training images like evaluation images, with nothing random, whatever the other settings say.
         rand_augment: timm's RandAugment string, or None.
-        color_jitter: Strength of brightness, contrast and saturation jitter. timm leaves it out where
-            RandAugment is on, which has its own.
+        color_jitter: Strength of brightness, contrast and saturation jitter. With RandAugment, which has its own, timm
+            leaves it out.
         interpolation: `bicubic`, `bilinear`, `nearest`, or `random` (bicubic or bilinear, for training).
         hflip: Probability of a horizontal flip.
-        repeats: Views of every image that is drawn; an epoch has as many batches as with one, and so shows a share
-            of the images. DeiT's repeated augmentation (https://arxiv.org/abs/1901.09335) has 3.
+        repeats: Views of every image that is drawn. An epoch has as many batches as with 1, and so shows only
+            1 / `repeats` of the images. DeiT's repeated augmentation (https://arxiv.org/abs/1901.09335) has 3.
         random_erasing: Probability of filling one rectangle with noise.
         scale: Range of the random crop's share of the area, in (0, 1].
         ratio: Range of the random crop's width over height.

@@ -1,8 +1,8 @@
-"""What a loader's worker does to one picture, in two forms of the same distribution: timm's own, and a faster one.
+"""What a worker of the loader does to one picture, in two forms of the same distribution: timm's own and a faster one.
 
 Every transform takes a picture (the bytes of a file, or a PIL image) and a seed, from which alone it draws. The `timm`
 form runs timm's transforms on PIL images and gives normalized float32 (3, H, W). The `fast` form gives uint8 (H, W, 3)
-and leaves to `data.batches` what can be done to whole batches on the device: normalization and random erasing.
+and leaves normalization and random erasing to `augmentation.device`, which does them to whole batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -22,26 +22,63 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from pss_composer.data.augmentation.decoding import decode_pil, decode_tensor
 from pss_composer.data.augmentation.operations import FASTER, brightness, contrast
 from pss_composer.data.augmentation.randomness import seeded, seeded_python
+from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.errors import raise_errors
 
 Picture = bytes | Image.Image
 Transform = Callable[[Picture, int], Tensor]
 
-INTERPOLATIONS = {  # by timm's names; `nearest` of tensors is another than PIL's
+INTERPOLATIONS = {  # by timm's names; for tensors, only NEAREST_EXACT gives the pixels of PIL's `nearest`
     "bicubic": InterpolationMode.BICUBIC,
     "bilinear": InterpolationMode.BILINEAR,
     "nearest": InterpolationMode.NEAREST_EXACT,
 }
 
 
+def build_transform(augmentation: Augmentation, image_size: int, *, is_training: bool) -> Transform:
+    """What a worker does to one picture.
+
+    Args:
+        augmentation: Settings.
+        image_size: Height and width that the model sees, in pixels.
+        is_training: Random augmentation, unless `augmentation.is_plain`; else resize and centre crop.
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+    raise_errors(augmentation.check())
+    is_random = is_training and not augmentation.is_plain
+    if augmentation.form == "timm":
+        return TimmTransform(augmentation, image_size, is_random=is_random)
+    return (FastTraining if is_random else FastEvaluation)(augmentation, image_size)
+
+
 class TimmTransform:
     """A transform of `timm.data.create_transform`.
 
     Args:
-        transform: From a PIL image to a normalized float32 tensor (3, H, W).
+        augmentation: Settings.
+        image_size: Height and width, in pixels.
+        is_random: Random augmentation; else resize and centre crop.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
+    def __init__(self, augmentation: Augmentation, image_size: int, *, is_random: bool) -> None:
+        a = augmentation
+        self.transform = create_transform(
+            image_size,
+            is_training=is_random,
+            scale=tuple(a.scale),
+            ratio=tuple(a.ratio),
+            hflip=a.hflip,
+            color_jitter=a.color_jitter or None,
+            auto_augment=a.rand_augment,
+            interpolation=a.interpolation if is_random else _choose_for_evaluation(a),
+            mean=tuple(a.mean),
+            std=tuple(a.std),
+            re_prob=a.random_erasing,
+            re_mode="pixel",
+            crop_pct=a.crop_pct,
+        )
 
     def __call__(self, picture: Picture, seed: int) -> Tensor:
         image = decode_pil(picture) if isinstance(picture, bytes) else picture.convert("RGB")
@@ -53,15 +90,14 @@ class FastEvaluation:
     """Resize the shortest side and crop the middle.
 
     Args:
+        augmentation: Settings.
         image_size: Height and width of the crop, in pixels.
-        crop_pct: `image_size` as a share of the resized picture's shortest side.
-        interpolation: timm's name.
     """
 
-    def __init__(self, image_size: int, *, crop_pct: float, interpolation: str) -> None:
+    def __init__(self, augmentation: Augmentation, image_size: int) -> None:
         self.image_size = image_size
-        self.shortest_side = math.floor(image_size / crop_pct)
-        self.interpolation = INTERPOLATIONS[interpolation]
+        self.shortest_side = math.floor(image_size / augmentation.crop_pct)
+        self.interpolation = INTERPOLATIONS[_choose_for_evaluation(augmentation)]
 
     def __call__(self, picture: Picture, seed: int) -> Tensor:
         image = functional.resize(_to_tensor(picture), [self.shortest_side], self.interpolation, antialias=True)
@@ -71,48 +107,30 @@ class FastEvaluation:
 class FastTraining:
     """A random crop, resized; a random flip; then RandAugment, or colour jitter, or neither.
 
-    The crop's box, and RandAugment's choice of operations, their probabilities and magnitudes are timm's own. torch
-    resizes, as PIL would but several times as fast, and `data.operations` replaces PIL's slow operations.
+    timm chooses the crop's box, and RandAugment's operations with their probabilities and magnitudes. torch resizes,
+    with the result of PIL but several times as fast, and `augmentation.operations` replaces PIL's slow operations.
 
     Args:
+        augmentation: Settings.
         image_size: Height and width, in pixels.
-        scale: Range of the crop's share of the area.
-        ratio: Range of the crop's width over height.
-        hflip: Probability of a flip.
-        interpolation: timm's name; `random` draws bicubic or bilinear every time.
-        rand_augment: timm's string, or None.
-        color_jitter: Strength of brightness, contrast and saturation jitter; timm leaves it out beside RandAugment, but
-            for its three operations `3a`.
-        fill: Red, green and blue of what RandAugment moves in from outside, in [0, 255].
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        *,
-        scale: Sequence[float],
-        ratio: Sequence[float],
-        hflip: float,
-        interpolation: str,
-        rand_augment: str | None,
-        color_jitter: float,
-        fill: tuple[int, int, int],
-    ) -> None:
-        self.image_size = image_size
-        self.scale = scale
-        self.ratio = ratio
-        self.hflip = hflip
-        names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    def __init__(self, augmentation: Augmentation, image_size: int) -> None:
+        a = self.settings = augmentation
+        self.size = [image_size, image_size]
+        names = ("bilinear", "bicubic") if a.interpolation == "random" else (a.interpolation,)
         self.interpolations = [INTERPOLATIONS[name] for name in names]
         self.rand_augment = None
-        if rand_augment is not None:
-            settings = {"translate_const": int(image_size * 0.45), "img_mean": fill}
-            if interpolation != "random":
-                settings["interpolation"] = str_to_pil_interp(interpolation)
-            self.rand_augment = auto_augment.rand_augment_transform(rand_augment, settings)
+        if a.rand_augment is not None:
+            fill = tuple(min(255, round(255 * value)) for value in a.mean)
+            options = {"translate_const": int(image_size * 0.45), "img_mean": fill}
+            if a.interpolation != "random":
+                options["interpolation"] = str_to_pil_interp(a.interpolation)
+            self.rand_augment = auto_augment.rand_augment_transform(a.rand_augment, options)
             for operation in self.rand_augment.ops:
                 operation.aug_fn = FASTER.get(operation.aug_fn, operation.aug_fn)
-        self.color_jitter = 0.0 if rand_augment is not None and "3a" not in rand_augment else color_jitter
+        # timm leaves colour jitter out beside RandAugment, unless that is restricted to its three operations `3a`
+        self.color_jitter = 0.0 if a.rand_augment is not None and "3a" not in a.rand_augment else a.color_jitter
         self._last_picture: Picture | None = None
         self._last_image: Tensor | None = None
 
@@ -121,12 +139,11 @@ class FastTraining:
             self._last_picture, self._last_image = picture, _to_tensor(picture)
         image = self._last_image
         with seeded_python(seed):
-            box = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
+            box = RandomResizedCropAndInterpolation.get_params(image, self.settings.scale, self.settings.ratio)
             crop = functional.crop(image, *box).unsqueeze(0).contiguous(memory_format=torch.channels_last)[0]
-            size = [self.image_size, self.image_size]
-            crop = functional.resize(crop, size, random.choice(self.interpolations), antialias=True)
+            crop = functional.resize(crop, self.size, random.choice(self.interpolations), antialias=True)
             pixels = crop.permute(1, 2, 0)
-            if random.random() < self.hflip:
+            if random.random() < self.settings.hflip:
                 pixels = pixels.flip(1)
             if self.rand_augment is None and self.color_jitter == 0:
                 return pixels.contiguous()
@@ -139,7 +156,7 @@ class FastTraining:
         return torch.from_numpy(np.array(augmented))
 
     def _choose_operations(self) -> Sequence[auto_augment.AugmentOp]:
-        """As timm's RandAugment does, but from Python's generator: with NumPy's, seeding takes longer than the crop."""
+        """As timm's RandAugment does, but from Python's generator: to seed NumPy's takes longer than to crop."""
         operations, weights = self.rand_augment.ops, self.rand_augment.choice_weights
         if weights is None:
             return random.choices(operations, k=self.rand_augment.num_layers)
@@ -147,11 +164,15 @@ class FastTraining:
         return generator.choice(operations, self.rand_augment.num_layers, replace=False, p=weights)
 
     def _jitter(self, image: Image.Image) -> Image.Image:
-        """As torchvision's ColorJitter does: three factors, applied in random order."""
+        """As torchvision's ColorJitter does: three adjustments by random factors, in random order."""
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
         for adjust in random.sample((brightness, contrast, auto_augment.color), 3):
             image = adjust(image, random.uniform(low, high))
         return image
+
+
+def _choose_for_evaluation(augmentation: Augmentation) -> str:
+    return "bilinear" if augmentation.interpolation == "random" else augmentation.interpolation
 
 
 def _to_tensor(picture: Picture) -> Tensor:

@@ -1,18 +1,25 @@
-"""The sources of images: a module each, which is imported when it is asked for.
+"""The sources of images: a module each, which is imported when a recipe names it.
 
 A module `NAME` makes the source `data.name=NAME`. It has one function, `open_images(request: Request) -> Dataset`. A
-map-style dataset takes the keys (epoch, index, view) of `loader.EpochSampler`; an iterable one divides itself among the
-devices and has its number of images as `size`. Both yield `samples.Sample`.
+map-style dataset takes the keys (epoch, index, view) of `loader.EpochSampler`, as `Pictures` does; an iterable one
+divides its images among the devices itself and has their number as `size`. Both yield `samples.Sample`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pss_composer.data.augmentation.transforms import Transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pss_composer.data.augmentation.decoding import BadImage
+from pss_composer.data.augmentation.transforms import Picture, Transform
+from pss_composer.data.samples import BadSample, Sample, load_sample
 from pss_composer.data.settings import DataSettings
 from pss_composer.errors import InputError
+from pss_composer.seeds import derive_seed
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Request:
         split: `train` or `val`.
         transform: From a picture (the bytes of a file, or a PIL image) and a seed to a tensor.
         image_size: Height and width that the model sees, in pixels.
-        num_classes: Classes that the model tells apart; None where labels are not used.
+        num_classes: Classes that the model distinguishes; None where labels are not used.
         batch_size: Images in the batch of one device.
         repeats: Views of each image that is drawn.
         seed: Seeds the order and the transform.
@@ -42,24 +49,61 @@ class Request:
     on_bad_sample: str
 
     def find_folder(self) -> Path:
-        """The folder `path`.
-
-        Raises:
-            InputError: It is not there.
-        """
+        """The folder `path`; an `InputError` if it does not exist."""
         path = self.settings.path
-        if path is None or not Path(path).is_dir():
+        if path is None or not os.path.isdir(path):
             raise InputError(f"must be a folder, got {path!r}, which is not one", key="path")
         return Path(path)
 
     def find_split(self) -> Path:
-        """The folder of the split in `path`.
-
-        Raises:
-            InputError: It is not there, or empty.
-        """
+        """The folder of the split in `path`; an `InputError` if it does not exist, is empty, or cannot be read."""
         folder = self.find_folder() / self.split
-        if not folder.is_dir() or not any(folder.iterdir()):
+        try:
+            is_there = os.path.isdir(folder) and len(os.listdir(folder)) > 0
+        except OSError as error:
+            raise InputError(f"must hold folders that can be read, got {str(folder)!r}: {error.strerror}",
+                             key="path") from error
+        if not is_there:
             raise InputError(f"must hold a folder {self.split!r} with images, got none in {self.settings.path!r}",
                              key="path")
         return folder
+
+    def require_classes(self, num_needed: int, owner: str) -> None:
+        """An `InputError` if the model distinguishes fewer classes than the owner has."""
+        if self.num_classes is not None and self.num_classes < num_needed:
+            raise InputError(f"must be at least {num_needed} for {owner}, got {self.num_classes}", key="num_classes")
+
+
+class Pictures(Dataset):
+    """A map-style dataset whose augmentation depends on seed, epoch, index and view alone.
+
+    A subclass has `__len__`; `read(index)`, the picture and its label; and `name(index)`, its name in messages.
+
+    Args:
+        request: What the source is asked for.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.transform = request.transform
+        self.seed = request.seed
+        self.on_bad_sample = request.on_bad_sample
+
+    def read(self, index: int) -> tuple[Picture, int]:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        epoch, index, view = key
+        seed = derive_seed(self.seed, epoch, index, view)
+        return load_sample(
+            lambda index: self._load(index, seed), index, num_samples=len(self), on_bad_sample=self.on_bad_sample
+        )
+
+    def _load(self, index: int, seed: int) -> tuple[Tensor, int]:
+        try:
+            picture, label = self.read(index)
+            return self.transform(picture, seed), label
+        except (OSError, BadImage) as error:
+            raise BadSample(f"{self.name(index)} must hold an image, got {str(error)!r}") from error

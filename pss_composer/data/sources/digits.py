@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship in scikit-learn, as MDS shards: real images without a download."""
+"""The 1,797 handwritten digits that come with scikit-learn, as MDS shards: real images without a download."""
 
 from __future__ import annotations
 
@@ -22,41 +22,32 @@ HELD_OUT = 5  # every fifth image is held out
 
 def open_images(request: Request) -> StreamingImages:
     """The shards of a split, written first if they are not there."""
-    if request.num_classes is not None and request.num_classes < NUM_CLASSES:
-        raise InputError(f"must be at least {NUM_CLASSES} for digits, got {request.num_classes}", key="num_classes")
+    request.require_classes(NUM_CLASSES, "digits")
     prepare_digits(Path(request.settings.path))
     return open_shards(request, request.find_split(), remote=None)
 
 
 def prepare_digits(path: Path) -> None:
-    """Write the digits as MDS folders `path/train` (1,437 images) and `path/val` (360), unless there.
+    """Write the digits as MDS folders `path/train` (1,437 images) and `path/val` (360), unless they are there.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. On every node the
+    The folder appears whole or not at all: it is written beside its place and then renamed. On every machine the
     first process writes and the others wait.
 
     Args:
-        path: Folder that is not there yet, is empty, or holds the digits.
+        path: Folder that does not exist yet, is empty, or holds the digits.
 
     Raises:
-        InputError: The folder holds something else, or scikit-learn is missing.
+        InputError: The folder holds something else or cannot be written, or scikit-learn is missing.
     """
-    # in this order, a process of another run may put the digits there in between
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _has_digits(path))):
-        raise InputError(f"must be a new or empty folder, or hold the digits, got {str(path)!r}", key="path")
-    if dist.get_local_rank() == 0 and not _has_digits(path):
-        images, labels = _load_digits()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as workspace:
-            folder = Path(workspace) / path.name
-            is_held_out = np.arange(len(images)) % HELD_OUT == 0
-            write_images(folder / "train", images[~is_held_out], labels[~is_held_out])
-            write_images(folder / "val", images[is_held_out], labels[is_held_out])
-            try:
-                os.replace(folder, path)
-            except OSError:
-                # a process of another run was first, which is just as good
-                if not _has_digits(path):
-                    raise
+    try:
+        # in this order: the process of another run may put the digits there in between
+        if os.path.lexists(path) and not (path.is_dir() and (not any(path.iterdir()) or _has_digits(path))):
+            raise InputError(f"must be a new or empty folder, or hold the digits, got {str(path)!r}", key="path")
+        if dist.get_local_rank() == 0 and not _has_digits(path):
+            _write_digits(path, *_load_digits())
+    except OSError as error:
+        raise InputError(f"must be a folder that can be written, got {str(path)!r}: {error.strerror}",
+                         key="path") from error
     with dist.local_rank_zero_download_and_wait(str(path / "val" / "index.json")):
         pass
 
@@ -65,13 +56,28 @@ def write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write one split in the columns of `StreamingImageNet`, without loss.
 
     Args:
-        folder: Folder that is not there yet.
+        folder: Folder that does not exist yet.
         images: Grey values (N, H, W) or RGB values (N, H, W, 3), uint8.
         labels: Class numbers (N,).
     """
     with MDSWriter(out=str(folder), columns={"x": "pil", "y": "int"}) as shards:
         for image, label in zip(images, labels, strict=True):
             shards.write({"x": Image.fromarray(image), "y": int(label)})
+
+
+def _write_digits(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as workspace:
+        folder = Path(workspace) / path.name
+        is_held_out = np.arange(len(images)) % HELD_OUT == 0
+        write_images(folder / "train", images[~is_held_out], labels[~is_held_out])
+        write_images(folder / "val", images[is_held_out], labels[is_held_out])
+        try:
+            os.replace(folder, path)
+        except OSError:
+            # a process of another run was first, which is just as good
+            if not _has_digits(path):
+                raise
 
 
 def _has_digits(path: Path) -> bool:

@@ -2,78 +2,58 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from pss_composer.data.augmentation.decoding import BadImage
-from pss_composer.seeds import derive_seed
-from pss_composer.data.augmentation.transforms import Transform
-from pss_composer.data.samples import BadSample, Sample, load_sample
-from pss_composer.data.sources import Request
-from pss_composer.errors import InputError
+from pss_composer.data.sources import Pictures, Request
+from pss_composer.errors import InputError, to_line
 
 
 def open_images(request: Request) -> FolderImages:
     """The class folders in the folder of the split."""
-    return FolderImages(
-        request.find_split(),
-        num_classes=request.num_classes,
-        transform=request.transform,
-        seed=request.seed,
-        on_bad_sample=request.on_bad_sample,
-    )
+    return FolderImages(request, request.find_split())
 
 
-class FolderImages(ImageFolder):
-    """An ImageFolder whose augmentation depends on seed, epoch, index and view alone; for `EpochSampler`.
+class FolderImages(Pictures):
+    """The images that torchvision's `ImageFolder` finds, in its order and with its labels.
 
     Args:
+        request: What the source is asked for.
         folder: Folder of one split, with a sub-folder per class.
-        num_classes: Classes that the model tells apart, or None where labels are not used.
-        transform: Of a picture and a seed.
-        seed: Seeds the transform.
-        on_bad_sample: `raise`, `replace` or `leave_out`, as for `load_sample`.
 
     Raises:
-        InputError: A class without images, more classes than `num_classes`, or a split whose classes are not
-            those of its neighbour `train`.
+        InputError: A class without images or one that cannot be read, more classes than the model distinguishes, or a
+            split whose classes are not those of the split `train` beside it.
     """
 
-    def __init__(
-        self, folder: Path, *, num_classes: int | None, transform: Transform, seed: int, on_bad_sample: str
-    ) -> None:
+    def __init__(self, request: Request, folder: Path) -> None:
+        super().__init__(request)
         try:
-            super().__init__(str(folder), transform=transform)
+            self.classes, numbers = find_classes(folder)
+            for name in self.classes:
+                os.scandir(folder / name).close()  # torchvision takes a folder that cannot be read for an empty one
+            self.samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
         except FileNotFoundError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"must hold a folder of images per class: {reason}", key="path") from None
-        if num_classes is not None and len(self.classes) > num_classes:
-            raise InputError(
-                f"must be at least the {len(self.classes)} classes in {str(folder)!r}, got {num_classes}",
-                key="num_classes",
-            )
-        # the class number is the place of the name in the alphabet: one name more or less shifts the rest
+            raise InputError(f"must hold a folder of images per class: {to_line(error)}", key="path") from None
+        except OSError as error:
+            raise InputError(f"must hold class folders that can be read, got {error.filename!r}: {error.strerror}",
+                             key="path") from error
+        request.require_classes(len(self.classes), f"the class folders in {str(folder)!r}")
+        # the label of a class is its place in the alphabet: one name more or less shifts the others
         train_folder = folder.parent / "train"
-        if train_folder.is_dir() and find_classes(str(train_folder))[0] != self.classes:
+        if train_folder.is_dir() and find_classes(train_folder)[0] != self.classes:
             raise InputError(
                 f"must hold the same class folders in every split, got others in {str(folder)!r}", key="path"
             )
-        self.seed = seed
-        self.on_bad_sample = on_bad_sample
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
-        epoch, index, view = key
-        seed = derive_seed(self.seed, epoch, index, view)
-        return load_sample(
-            lambda index: self._load(index, seed), index, num_samples=len(self), on_bad_sample=self.on_bad_sample
-        )
+    def __len__(self) -> int:
+        return len(self.samples)
 
-    def _load(self, index: int, seed: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
         path, label = self.samples[index]
-        try:
-            return self.transform(Path(path).read_bytes(), seed), label
-        except (OSError, BadImage) as error:
-            raise BadSample(f"{path!r} must hold an image, got {str(error)!r}") from error
+        return Path(path).read_bytes(), label
+
+    def name(self, index: int) -> str:
+        return repr(self.samples[index][0])
