@@ -1,9 +1,9 @@
-"""The layouts of checkpoints: where the weights are, and by which names; and which ViT they belong to."""
+"""Finds the weights of a ViT in a checkpoint file of any known layout, and gives them timm's names."""
 
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +13,16 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import safe_open
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from yaml import YAMLError
 
-from pss_composer.checkpoints.reading import find_latest, read_file
+from pss_composer.checkpoints.reading import bad_checkpoint, find_latest, read_file
 from pss_composer.errors import InputError
-from pss_composer.models.classifier import SIZES
+from pss_composer.models.shape import SIZES
 
 CONTAINERS = ("model", "state_dict", "state")
 BARE = "a bare state dict"
-SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
-# what only SimMIM pre-training has, by the names that the weights have here: ours and the original's -> here
+# what only SimMIM pre-training has: its name in this project's models and in the original -> its name here
 PRETRAINING_NAMES = {
     "encoder.mask_token": "mask_token", "encoder.patch_embed.norm.mask_token": "mask_token",
     "decoder.0.weight": "decoder.weight", "decoder.0.bias": "decoder.bias",
@@ -35,15 +31,15 @@ PRETRAINING_NAMES = {
 
 @dataclass
 class Weights:
-    """The weights of a ViT by timm's names; `mask_token` and `decoder` beside them after SimMIM pre-training.
+    """The weights of a ViT by timm's names; after SimMIM pre-training also `mask_token` and `decoder`.
 
     Args:
         tensors: Name -> weight.
-        layout: What kind of file they come from, in words.
-        is_composer: Whether this is a Composer checkpoint.
-        not_weights: What else the file holds, by name.
-        dropped: Weights of the file that nothing needs: position indices are computed.
-        num_heads: Heads of the ViT, where the recipe of the run or the metadata of an export of this project tell.
+        layout: The kind of file that they come from, in words.
+        is_composer: Whether it is a Composer checkpoint.
+        not_weights: Names of everything else in the file.
+        dropped: Names of weights in the file that no model needs: position indices, which are computed.
+        num_heads: The ViT's heads, if the run's recipe or the metadata of this project's export says so.
     """
 
     tensors: dict[str, Tensor]
@@ -55,18 +51,19 @@ class Weights:
 
 
 def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
-    """The weights of a ViT in any layout that this project knows.
+    """Read the weights of a ViT from a file of any known layout.
 
-    Known are SimMIM's and PSS's pre-training and fine-tuning files, DeiT's, timm's, and Composer checkpoints of this
-    project, also a folder of shards.
+    The known layouts are the pre-training and fine-tuning files of SimMIM and PSS, DeiT's, timm's, and this project's
+    Composer checkpoints, folders of shards included.
 
     Args:
-        path: A file, a folder of shards, or the folder of a run.
-        ema: Take the moving averages of the weights (True), or the weights in training (False). None takes what the
-            file has as the model's: in Composer's, under its EMA, that is the averages, which it also evaluates.
+        path: A file, a folder of shards, or a run's folder.
+        ema: True takes the moving averages of the weights, False the weights in training, None the model of the file.
+            In a Composer checkpoint under EMA that model is the averages, which Composer also evaluates.
 
     Raises:
-        InputError: No such file, a broken one, one that asks for more than weights, or none of these layouts.
+        InputError: There is no such file, it is broken, it holds more than weights and settings, it has another
+            layout, it has no moving averages, or a weight is infinite or not a number.
     """
     contents = read_file(path)
     tensors, container = _find_weights(contents, path, ema)
@@ -77,35 +74,28 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     named = [(timm_name(name), tensor) for name, tensor in tensors.items() if name not in dropped]
     tensors = dict(named)
     if len(tensors) < len(named):
-        raise InputError(f"checkpoint must hold each weight once, {path} has two by the same name")
+        raise bad_checkpoint(path, "must hold each weight once", "has two by the same name")
+    _check_finite(tensors, path)
     if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
-    kind = "SimMIM pre-training" if is_pretraining else "ViT"
-    not_weights = [] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS]
-    is_composer, num_heads = "state" in contents, _find_num_heads(find_latest(path))
-    return Weights(tensors, f"{kind}, {container}", is_composer, not_weights, dropped, num_heads)
-
-
-def _find_num_heads(path: Path) -> int | None:
-    """What the run's recipe beside a checkpoint says, or the metadata that `import_checkpoint` writes."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return json.loads(file.metadata()["timm"])["arguments"]["num_heads"]
-        recipe = OmegaConf.load(path.parent / "recipe.yaml")
-        return OmegaConf.select(recipe, "model.num_heads") or SIZES[OmegaConf.select(recipe, "model.size")]["num_heads"]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError):
-        return None  # neither is there, or it is another's
+    return Weights(
+        tensors,
+        layout=f"{'SimMIM pre-training' if is_pretraining else 'ViT'}, {container}",
+        is_composer="state" in contents,
+        not_weights=[] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS],
+        dropped=dropped,
+        num_heads=_find_num_heads(find_latest(path)),
+    )
 
 
 def timm_name(name: str) -> str:
-    """A weight's name in a file, or in the state dict of a model of this project, as timm's."""
-    name = name.removeprefix("module.")  # Composer's, and DDP's
+    """timm's name for a weight, from its name in a file or in the state dict of one of this project's models."""
+    name = name.removeprefix("module.")  # Composer's prefix, and DDP's
     return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
 
 
 def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool | None) -> tuple[dict[str, Tensor], str]:
-    """The state dict in the contents of a file, and the file's container in words."""
+    """The state dict in a file, and where in the file it was, in words."""
     if isinstance(contents.get("state"), dict) and "model" in contents["state"]:
         container, tensors = "a Composer checkpoint", contents["state"]["model"]
         trained, averages = _find_composer_averages(contents["state"])
@@ -115,28 +105,21 @@ def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool | Non
         tensors = trained = contents if key is None else contents[key]
         averages = contents.get("model_ema" if key == "model" else "state_dict_ema")
     if ema and not isinstance(averages, dict):
-        raise InputError(f"ema must be of a checkpoint with moving averages, {path} has none")
+        raise InputError(f"needs a checkpoint with moving averages, {path} has none", key="ema")
     if ema is not None:
         tensors = averages if ema else trained
     if tensors is averages:
         container = f"{container}, its moving averages"
     if not _is_state_dict(tensors):
-        raise InputError("checkpoint must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
-                         f"else, {path} holds {_shorten(contents)}")
+        raise bad_checkpoint(path, "must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
+                             "else", f"holds {reprlib.repr(list(contents))}")
     return dict(tensors), container
 
 
-def _is_state_dict(tensors: Any) -> bool:
-    return isinstance(tensors, dict) and len(tensors) > 0 and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        for name, tensor in tensors.items()
-    )
-
-
 def _find_composer_averages(state: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The weights in training, and the averages of the EMA or None.
+    """The weights in training, and the EMA's averages or None.
 
-    While the EMA is at work, Composer saves the averages as the model, and the weights in training in their place.
+    While the EMA is active, Composer saves the averages as the model, and the weights in training in their place.
     """
     algorithms = state.get("algorithms")
     for entry in algorithms if isinstance(algorithms, list) else []:
@@ -146,145 +129,29 @@ def _find_composer_averages(state: Mapping[str, Any]) -> tuple[Any, Any]:
     return state["model"], None
 
 
-@dataclass
-class Architecture:
-    """The timm class that weights belong to, and its arguments as far as the weights tell them.
-
-    timm's ViTs without relative position biases do not show their number of heads; then `num_heads` is missing.
-    """
-
-    vit_class: type[nn.Module]
-    arguments: dict[str, Any]
-
-    def build_empty(self, **changes: Any) -> nn.Module:
-        """The model without memory for its weights, on the meta device."""
-        with torch.device("meta"):
-            return self.vit_class(**{"num_heads": 1, **self.arguments, **changes})
-
-    def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        return f"{self.vit_class.__name__}({arguments})"
+def _is_state_dict(tensors: Any) -> bool:
+    return isinstance(tensors, dict) and len(tensors) > 0 and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        for name, tensor in tensors.items()
+    )
 
 
-def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Architecture:
-    """Which of timm's ViTs the weights are of, every name and shape of theirs compared with that class.
+def _check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    for name, tensor in tensors.items():
+        # NaN anywhere makes both bounds NaN; ten times faster than to look at every element
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+            raise bad_checkpoint(path, "must hold finite weights", f"has NaN or infinity at {name}")
 
-    Args:
-        weights: By timm's names; `mask_token` and `decoder` are left out of the comparison.
-        path: Where they come from, for the message.
 
-    Raises:
-        InputError: They are not of a ViT that is known here.
-    """
-    weights = {name: w for name, w in weights.items() if name != "mask_token" and not name.startswith("decoder.")}
-    needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-    for name in needed:
-        if name not in weights:
-            raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, {path} has no {name}, "
-                             f"but {_shorten(weights)}")
-    is_beit = any(name.endswith((".q_bias", "relative_position_bias_table", "gamma_1")) for name in weights)
+def _find_num_heads(path: Path) -> int | None:
+    """The number of heads in the recipe of a run's checkpoint, or in the metadata of a file of `import_checkpoint`."""
     try:
-        architecture = _describe_beit(weights) if is_beit else _describe_vision_transformer(weights)
-        expected = architecture.build_empty().state_dict()
-    # timm asserts that its arguments fit together; a shape may have too few dimensions, or a zero
-    except (AssertionError, ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
-        raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, the shapes in {path} do not "
-                         f"fit together: {str(error).splitlines()[0] if str(error) else 'no such ViT'}") from error
-    for name in {**expected, **weights}:
-        there = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if there != wanted:
-            raise InputError(f"checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind, {path} has {there} at "
-                             f"{name}, a {architecture} has {wanted}")
-    return architecture
-
-
-def _describe_beit(weights: Mapping[str, Tensor]) -> Architecture:
-    tables = [weight for name, weight in weights.items() if name.endswith("relative_position_bias_table")]
-    arguments = _describe_shape(weights)
-    if "pos_embed" in weights:
-        num_patches_per_side = _square_root(weights["pos_embed"].shape[1] - 1, "pos_embed")
-    elif tables:
-        num_patches_per_side = count_positions(tables[0])
-    else:
-        raise ValueError("neither a position embedding nor a relative position bias")
-    if tables:
-        arguments["num_heads"] = tables[0].shape[1]
-        if arguments["embed_dim"] % arguments["num_heads"]:
-            raise ValueError(f"width {arguments['embed_dim']} with a bias table of {arguments['num_heads']} heads")
-    return Architecture(Beit, {
-        "img_size": num_patches_per_side * arguments["patch_size"], **arguments,
-        "qkv_bias": "blocks.0.attn.q_bias" in weights,
-        "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
-        "use_abs_pos_emb": "pos_embed" in weights,
-        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
-        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
-        "global_pool": _describe_pooling(weights),
-    })
-
-
-def _describe_vision_transformer(weights: Mapping[str, Tensor]) -> Architecture:
-    arguments = _describe_shape(weights)
-    if "pos_embed" not in weights:
-        raise ValueError("no position embedding")
-    is_distilled = "dist_token" in weights
-    num_registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    num_positions = weights["pos_embed"].shape[1]
-    # DeiT-III and DINOv2 with registers embed the positions of patches alone, so that their number is a square
-    has_patches_alone = math.isqrt(num_positions) ** 2 == num_positions
-    num_prefix_tokens = 0 if has_patches_alone else 1 + is_distilled + num_registers
-    num_patches_per_side = _square_root(num_positions - num_prefix_tokens, "pos_embed")
-    arguments = {
-        "img_size": num_patches_per_side * arguments["patch_size"], **arguments,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
-    }
-    if is_distilled:
-        return Architecture(VisionTransformerDistilled, arguments)
-    return Architecture(VisionTransformer, {
-        **arguments, "global_pool": _describe_pooling(weights), "no_embed_class": has_patches_alone,
-        "reg_tokens": num_registers,
-        # never pre_norm, CLIP's: its ViTs differ in activation and epsilon too, and their weights do not show in which
-    })
-
-
-def _describe_shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    stem, first_layer = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc1.weight"]
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
-    return {
-        "patch_size": stem.shape[2], "in_chans": stem.shape[1], "embed_dim": stem.shape[0], "depth": len(blocks),
-        "mlp_ratio": first_layer.shape[0] / first_layer.shape[1],
-        "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
-    }
-
-
-def _describe_pooling(weights: Mapping[str, Tensor]) -> str:
-    if "fc_norm.weight" in weights:
-        return "avg"
-    return "token" if "head.weight" in weights else ""
-
-
-def count_positions(table: Tensor) -> int:
-    """Patches along a side of the square grid that a bias table (positions, heads) of `Beit` is for.
-
-    The table has a row for each of (2n - 1)² distances between two patches, and 3 for the class token.
-
-    Raises:
-        ValueError: No square grid has as many rows.
-    """
-    side = _square_root(table.shape[0] - 3, "relative_position_bias_table")
-    if side % 2 == 0:
-        raise ValueError(f"a relative_position_bias_table of {table.shape[0]} positions")
-    return (side + 1) // 2
-
-
-def _square_root(number: int, name: str) -> int:
-    root = math.isqrt(max(number, 0))
-    if root < 1 or root**2 != number:
-        raise ValueError(f"{name} is for {number} patches, which are no square")
-    return root
-
-
-def _shorten(names: Mapping[str, Any]) -> str:
-    shown = ", ".join(map(str, list(names)[:4]))
-    return f"{shown}, ... ({len(names)} names)" if len(names) > 4 else shown or "nothing"
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                num_heads = json.loads(file.metadata()["timm"])["arguments"]["num_heads"]
+        else:
+            model = OmegaConf.load(path.parent / "recipe.yaml").model
+            num_heads = model.get("num_heads") or SIZES[model.size]["num_heads"]
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError):
+        return None  # there is neither, or it is somebody else's
+    return num_heads if isinstance(num_heads, int) and num_heads > 0 else None

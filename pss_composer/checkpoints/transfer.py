@@ -1,4 +1,4 @@
-"""Weights into a model: into its blocks, onto its grid, under its head; with an account of every one of them."""
+"""Puts the weights of a checkpoint into a model, and accounts for every one of them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from pss_composer.checkpoints.layouts import SHARED_TABLE, Weights, count_positions, read_weights, timm_name
-from pss_composer.errors import InputError
+from pss_composer.checkpoints.architecture import SHARED_TABLE, find_grid_side
+from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
+from pss_composer.checkpoints.reading import bad_checkpoint
 
 if TYPE_CHECKING:
     from composer.models import ComposerModel
 
+SAME_ARCHITECTURE = "must be of the model's architecture"
 TABLE = "attn.relative_position_bias_table"
-# what belongs to a task and not to the ViT: it may be missing, or be there for another task
+# These belong to a task and not to the ViT: a checkpoint may lack them or have them for another task.
 HEAD = ("head.", "head_dist.", "fc_norm.", "mask_token", "decoder.")
 
 
 @dataclass
 class Transfer:
-    """Weights that fit a model, and the account of how they came to.
+    """Weights that fit a model, and what happened to each.
 
     Args:
-        tensors: The model's names -> weights of its shapes.
-        loaded: Names of the model that took the weight of that name as it is.
-        copied: Names of the model that took the bias table that the blocks of the file share.
-        interpolated: Names of the model that took a weight of another grid or patch size, with both sizes.
-        dropped: Names of the file that the model has no place for.
-        initial: Names of the model, all of its head, that keep their initial values.
+        tensors: The model's name -> a weight of the model's shape.
+        loaded: The model's weights that are the checkpoint's weights of the same name, unchanged.
+        copied: The model's weights that are copies of the bias table that all blocks of the checkpoint share.
+        interpolated: The model's weights that had another grid or patch size in the checkpoint, with both shapes.
+        dropped: The checkpoint's weights that the model has no place for.
+        initial: The model's weights that keep their initial values, all of its head.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -50,133 +52,125 @@ class Transfer:
             "loaded": self.loaded, "copied from the shared bias table": self.copied,
             "interpolated": self.interpolated, "dropped": self.dropped, "left at initial values": self.initial,
         }
-        return "\n".join(f"{title}: {_list(names)}" for title, names in account.items() if names)
+        return "\n".join(f"{title}: {_count(names)}" for title, names in account.items() if names)
 
 
 def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
-    """Start a model of this project from a checkpoint in any layout that `read_weights` knows.
+    """Start one of this project's models from a checkpoint of any layout that `read_weights` knows.
 
-    SimMIM's shared bias table goes into every block, position embeddings and bias tables are interpolated where the
-    grid is another one, and a head of another task stays behind. Everything else has to be there and to fit.
+    SimMIM's shared bias table goes into every block; position embeddings and bias tables are interpolated to the
+    model's grid; the head of another task is left out. Every other weight has to be there and to fit.
 
     Args:
-        model: One of `models`; nothing of it changes on an error.
-        path: A file, a folder of shards, or the folder of a run.
+        model: One of `models` or `pretraining`; it stays as it is if an error is raised.
+        path: A file, a folder of shards, or a run's folder.
 
     Returns:
-        The account of every weight.
+        What happened to each weight.
 
     Raises:
-        InputError: What `read_weights` raises, or weights of another architecture.
+        InputError: As in `read_weights`, or the weights are of another architecture.
     """
-    targets = _find_targets(model)
-    transfer = fit_weights(read_weights(path), targets, model.vit, path)
-    _copy(transfer, targets)
-    return transfer
+    return _load(model, read_weights(path), path)
 
 
 def load_checkpoint(model: ComposerModel, path: str | Path) -> None:
-    """Give a model of this project all of the weights in a Composer checkpoint of the same model.
+    """Load all weights of a Composer checkpoint into the same model.
 
     Args:
-        model: One of `models`; nothing of it changes on an error.
-        path: A file, a folder of shards, or the folder of a run.
+        model: One of `models` or `pretraining`; it stays as it is if an error is raised.
+        path: A file, a folder of shards, or a run's folder.
 
     Raises:
-        InputError: What `read_weights` raises, a file that is none of Composer's, or one of another model.
+        InputError: As in `read_weights`, or it is not a Composer checkpoint, or it is of another model.
     """
-    weights, targets = read_weights(path), _find_targets(model)
+    weights = read_weights(path)
     if not weights.is_composer:
-        raise InputError(f"checkpoint must be Composer's, {path} is none: model.pretrained takes it")
+        raise bad_checkpoint(path, "must be Composer's", "is not: it can only be used as pretrained weights")
+    _load(model, weights, path, is_same_model=True)
+
+
+def _load(model: ComposerModel, weights: Weights, path: str | Path, *, is_same_model: bool = False) -> Transfer:
+    targets = {timm_name(name): parameter for name, parameter in model.state_dict().items()}
+    num_heads = model.vit.blocks[0].attn.num_heads
+    if weights.num_heads not in (None, num_heads):
+        raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has {weights.num_heads} heads, the model {num_heads}")
     transfer = fit_weights(weights, targets, model.vit, path)
     changed = [*transfer.interpolated, *transfer.copied, *transfer.initial, *transfer.dropped]
-    if changed:
-        raise InputError(f"checkpoint must be of the same model, {path} differs in {changed[0]}")
-    _copy(transfer, targets)
-
-
-def _find_targets(model: ComposerModel) -> dict[str, Tensor]:
-    return {timm_name(name): parameter for name, parameter in model.state_dict().items()}
-
-
-def _copy(transfer: Transfer, targets: Mapping[str, Tensor]) -> None:
+    if is_same_model and changed:
+        raise bad_checkpoint(path, "must be of the same model", f"differs in {changed[0]}")
     with torch.no_grad():
         for name, tensor in transfer.tensors.items():
             targets[name].copy_(tensor)
+    return transfer
 
 
 def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module, path: str | Path) -> Transfer:
     """Fit weights to a model's shapes.
 
     Args:
-        weights: The weights of a file.
-        targets: The model's weights by timm's names; only their shapes are read.
-        vit: The timm ViT that they are of, for its grid.
+        weights: The weights of a checkpoint.
+        targets: The model's weights by timm's names; only their shapes are used.
+        vit: The model's timm ViT; only its grid is used.
         path: Where the weights come from, for the message.
 
     Raises:
-        InputError: The model lacks a weight, or the weights a place; heads are left out of this.
+        InputError: A weight outside the head is missing, has no place in the model, or does not fit.
     """
-    num_heads = vit.blocks[0].attn.num_heads
-    if weights.num_heads not in (None, num_heads):
-        raise InputError(f"checkpoint must be of the model's architecture, {path} has {weights.num_heads} heads, the "
-                         f"model {num_heads}")
     sources, copied = dict(weights.tensors), set()
     if SHARED_TABLE in sources and SHARED_TABLE not in targets:
-        shared = sources.pop(SHARED_TABLE)
         copied = {name for name in targets if name.endswith(TABLE)}
-        sources |= dict.fromkeys(copied, shared)
+        sources |= dict.fromkeys(copied, sources.pop(SHARED_TABLE))
     transfer = Transfer(dropped=list(weights.dropped))
     for name, target in targets.items():
         source = sources.pop(name, None)
         is_head = name.startswith(HEAD)
         if source is None and not is_head:
-            raise InputError(f"checkpoint must be of the model's architecture, {path} has no {name}")
+            raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has no {name}")
         if source is None or (is_head and source.shape != target.shape):
             transfer.initial.append(name)
             if source is not None:
                 transfer.dropped.append(f"{name} {tuple(source.shape)}")
-            continue
-        if source.shape == target.shape:
+        elif source.shape == target.shape:
             transfer.tensors[name] = source
             (transfer.copied if name in copied else transfer.loaded).append(name)
         else:
             transfer.tensors[name] = _resize(name, source, target, vit, path)
             transfer.interpolated.append(f"{name} {tuple(source.shape)} -> {tuple(target.shape)}")
     for name in sources:
-        # SimMIM's norm behind the last block is for tokens, and mean pooling has one of its own, in the head
+        # the norm after SimMIM's last block is for tokens; mean pooling has its own norm, in the head
         is_other_norm = name.startswith("norm.") and "fc_norm.weight" in targets
         if not name.startswith(HEAD) and not is_other_norm:
-            raise InputError(f"checkpoint must be of the model's architecture, {path} has {name}, the model has not")
+            raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has {name}, the model has not")
         transfer.dropped.append(name)
     return transfer
 
 
 def _resize(name: str, source: Tensor, target: Tensor, vit: nn.Module, path: str | Path) -> Tensor:
-    """A weight for another grid or patch size, by timm's interpolation."""
-    grid_size = vit.patch_embed.grid_size
+    """Interpolate a weight for another grid or patch size, as timm does."""
+    grid_size = list(vit.patch_embed.grid_size)
     resized = source
     try:
         if name == "pos_embed":
             num_prefix_tokens = target.shape[1] - vit.patch_embed.num_patches
-            resized = resample_abs_pos_embed(source, list(grid_size), num_prefix_tokens=num_prefix_tokens)
-        elif name.endswith("relative_position_bias_table") and count_positions(source):
+            resized = resample_abs_pos_embed(source, grid_size, num_prefix_tokens=num_prefix_tokens)
+        elif name.endswith("relative_position_bias_table") and find_grid_side(source):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout
                 resized = resize_rel_pos_bias_table(source, grid_size, (target.shape[0], source.shape[1]))
         elif name == "patch_embed.proj.weight":
             resized = resample_patch_embed(source, list(target.shape[2:]))
-    # a weight of another number of dimensions, or of a grid that is no square
+    # a weight with another number of dimensions, or of a grid that is not a square
     except (ValueError, RuntimeError, IndexError, AssertionError):
         pass
     if resized.shape != target.shape:
-        raise InputError(f"checkpoint must be of the model's architecture, {path} has {tuple(source.shape)} at {name}, "
-                         f"the model {tuple(target.shape)}")
+        raise bad_checkpoint(path, SAME_ARCHITECTURE,
+                             f"has {tuple(source.shape)} at {name}, the model {tuple(target.shape)}")
     return resized
 
 
-def _list(names: Iterable[str]) -> str:
-    """The names, those of the blocks taken together."""
+def _count(names: Iterable[str]) -> str:
+    """How many names there are, and which; the blocks count as one name."""
     counts = Counter(re.sub(r"blocks\.\d+", "blocks.*", name) for name in names)
     shown = [f"{name} ({count} x)" if count > 1 else name for name, count in counts.items()]
     return f"{counts.total()} ({', '.join(shown)})"

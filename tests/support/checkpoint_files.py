@@ -1,42 +1,46 @@
-"""What tests/test_checkpoints.py reads: files in every published layout, made of the vectors; runs of Composer.
-
-    composer -n 2 tests/checkpoint_files.py FOLDER
-
-trains a classifier with sharded checkpoints on two processes, and writes its moving averages to FOLDER/expected.pt.
-"""
+"""Checkpoint files in every published layout, made of the vectors, and the model that each is of."""
 
 import argparse
-import json
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
-from composer import Callback, Trainer
-from composer.optim import CosineAnnealingWithWarmupScheduler
-from composer.utils import FSDP2Config, dist
 from safetensors import safe_open
 from timm.models.beit import gen_relative_position_index
 from timm.models.deit import VisionTransformerDistilled
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, TensorDataset
 from yacs.config import CfgNode
 
-from support.paths import ROOT
-from pss_composer import PatchSamplingSchedule
-from pss_composer.training.ema import EMA
-from pss_composer.pretraining.masking import PatchMasking
-from pss_composer.models import SimMIM, SimMIMClassifier
-from pss_composer.models.simmim import build_encoder
-from pss_composer.schedules import Cyclic
+from pss_composer.models.deit import DeiT
+from pss_composer.models.shape import ViTShape
+from pss_composer.models.simmim import SimMIMClassifier
+from pss_composer.pretraining.simmim import SimMIM, build_encoder
+from support.paths import VECTORS as FOLDER
 
-DATA = ROOT / "tests" / "data"
-VECTORS = safe_open(DATA / "pss_vit_vectors.safetensors", framework="pt")
-PRETRAINING_VECTORS = safe_open(DATA / "simmim_pretrain_vectors.safetensors", framework="pt")
+VECTORS = safe_open(FOLDER / "pss_vit_vectors.safetensors", framework="pt")
+PRETRAINING_VECTORS = safe_open(FOLDER / "simmim_pretrain_vectors.safetensors", framework="pt")
 GRID = (8, 8)  # of every model in the vectors
-SMALL = dict(size="tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, drop_path=0.0)
+FORMATS = {"zip": True, "legacy": False}
+
+
+def shape(**options):
+    """The shape of every model in the vectors, or another one."""
+    small = dict(size="tiny", image_size=32, patch_size=4, num_classes=7, embed_dim=32, depth=2, num_heads=4)
+    return ViTShape(**{**small, "drop_path": 0.0, **options})
+
+
+BUILD = {
+    "pretraining": lambda **options: SimMIM(build_encoder(shape(**options))),
+    "simmim": lambda **options: SimMIMClassifier(shape(**options)),
+    "vit": lambda **options: DeiT(shape(**options)),
+    "distilled": lambda **options: DeiT(shape(**options), is_distilled=True),
+    "deit": lambda **options: DeiT(shape(**options), relative_position_bias=True),
+}
+
+
+def save(contents, path, kind="zip"):
+    torch.save(contents, path, _use_new_zipfile_serialization=FORMATS[kind])
+    return path
 
 
 def vector_weights(name):
@@ -61,7 +65,7 @@ def distilled_vit():
 
 
 def as_state_dict(weights):
-    """As a module of the original gives it: with the indices of its bias tables, and versions of its modules."""
+    """As a module of the original returns it: with the indices of its bias tables, and versions of its modules."""
     state_dict = OrderedDict()
     for name, weight in weights.items():
         state_dict[name] = weight
@@ -101,7 +105,7 @@ def simmim_config():
 
 
 def simmim_file(name):
-    """SimMIM's layout, and PSS's."""
+    """SimMIM's layout, which is also PSS's."""
     weights = vector_weights(name)
     return {"model": as_state_dict(weights), **training_state(weights), "max_accuracy": 83.7, "epoch": 99,
             "config": simmim_config(), "amp": OrderedDict(loss_scaler0={"loss_scale": 65536.0, "unskipped": 7})}
@@ -117,7 +121,7 @@ def deit_pss_file():
                                        drop_ratio=[0.8, -0.1], pin_mem=True, output_dir="/out")}
 
 
-# what the files hold -> what makes it
+# the model that a file is of -> what makes the file's contents
 PUBLISHED = {
     "pretraining": lambda: simmim_file("pretraining"),
     "simmim": lambda: simmim_file("simmim"),
@@ -127,52 +131,12 @@ PUBLISHED = {
 }
 
 
-class StopAt(Callback):
-    def __init__(self, batch):
-        self.batch = batch
-
-    def batch_start(self, state, logger):
-        if state.timestamp.batch == self.batch:
-            raise KeyboardInterrupt
+def with_weights(contents, **weights):
+    return {**contents, "model": contents["model"] | {name.replace("__", "."): w for name, w in weights.items()}}
 
 
-def train(folder, *, is_pretraining=False, ema=True, stop_at=None, **options):
-    """A run of two epochs of four batches, with a checkpoint after each batch; its Trainer."""
-    torch.manual_seed(0)
-    if is_pretraining:
-        model, algorithms = SimMIM(build_encoder(**SMALL)), [PatchMasking(unit=8)]
-    else:
-        model, algorithms = SimMIMClassifier(**SMALL, num_classes=7), [PatchSamplingSchedule(Cyclic())]
-    dataset = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 7)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(dataset, 4 // dist.get_world_size(), sampler=dist.get_sampler(dataset)),
-        max_duration="2ep",
-        optimizers=optimizer,
-        schedulers=CosineAnnealingWithWarmupScheduler("1ba"),
-        algorithms=algorithms + ([EMA(half_life="3ba")] if ema else []),
-        callbacks=[StopAt(stop_at)] if stop_at else [],
-        save_folder=str(folder), save_interval="1ba", run_name="run", progress_bar=False, device="cpu", **options,
-    )
-    try:
-        trainer.fit()
-    except KeyboardInterrupt:
-        assert stop_at
-    trainer.close()
-    return trainer
-
-
-def train_sharded(folder):
-    """Three batches, and the moving averages after them."""
-    dist.initialize_dist("cpu")
-    trainer = train(folder, stop_at=3, parallelism_config={"fsdp": FSDP2Config(state_dict_type="sharded")})
-    ema = next(algorithm for algorithm in trainer.state.algorithms if isinstance(algorithm, EMA))
-    assert not ema.ema_weights_active
-    averages = {name: average.full_tensor() if isinstance(average, DTensor) else average
-                for name, average in ema.ema_model.named_parameters_dict.items()}
-    if dist.get_global_rank() == 0:
-        torch.save(averages, Path(folder) / "expected.pt")
+def without_weight(contents, name):
+    return {**contents, "model": {key: weight for key, weight in contents["model"].items() if key != name}}
 
 
 def reference_logits(name):
@@ -181,12 +145,3 @@ def reference_logits(name):
 
 def reference_images(name):
     return VECTORS.get_tensor(f"{name}/input")
-
-
-def reference_config(name):
-    return json.loads(VECTORS.metadata()[name])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train_sharded(sys.argv[1])
