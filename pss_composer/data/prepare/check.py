@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from streaming.base.compression import decompress
 from streaming.base.format.mds.encodings import mds_decode
+from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 from pss_composer.data.augmentation.decoding import decode_tensor
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS
-from pss_composer.data.prepare.stores import Store, open_store, with_retries
+from pss_composer.data.prepare.stores import Store, open_store
 from pss_composer.errors import InputError, to_line
 
 
@@ -37,135 +42,125 @@ def check_data(path: str, *, samples_per_shard: int = 8) -> int:
         InputError: There is no finished split, or the store fails.
     """
     if samples_per_shard < 0:
-        raise InputError(f"--samples-per-shard must be at least 0, got {samples_per_shard}")
-    store = open_store(path)
-    indices = {split: _read(store, split, "index.json") for split in ("", *SPLITS)}
-    indices = {split: data for split, data in indices.items() if data is not None}
-    if not indices:
-        raise InputError(f"PATH must hold an index.json, or one in train or val, got none at {hide_password(path)}")
-    num_problems = 0
-    for split, data in indices.items():
-        name = split or hide_password(path).rstrip("/").rsplit("/", 1)[-1]
-        problems = _check_split(store, split, name, data, samples_per_shard)
-        for problem in problems:
-            print(f"{name}: {problem}")
-        num_problems += len(problems)
-    store.close()
+        raise InputError(f"must be at least 0, got {samples_per_shard}", key="samples_per_shard")
+    hidden, num_problems = hide_password(path), 0
+    with closing(open_store(path, key="path")) as store:
+        indices = {folder: store.read(f"{folder}index.json") for folder in ("", *(f"{split}/" for split in SPLITS))}
+        indices = {folder: index for folder, index in indices.items() if index is not None}
+        if not indices:
+            raise InputError(f"must hold an index.json, or one in train or val, got none at {hidden}", key="path")
+        for folder, index in indices.items():
+            name = folder.strip("/") or hidden.rstrip("/").rsplit("/", 1)[-1]
+            problems = _check_split(store, folder, name, index, samples_per_shard)
+            for problem in problems:
+                print(f"{name}: {problem}")
+            num_problems += len(problems)
     print(f"{num_problems:,} problem{'' if num_problems == 1 else 's'}" if num_problems else "no problems")
     return num_problems
 
 
-def _check_split(store: Store, split: str, name: str, index: bytes, samples_per_shard: int) -> list[str]:
+def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per_shard: int) -> list[str]:
+    """Print what a split holds, and return its problems."""
     try:
         shards = _read_index(index)
     except BadShard as error:
         return [str(error)]
-    problems = []
-    classes = None
-    data = _read(store, split, "classes.json")
+    problems, classes, counts = [], None, Counter()
+    data = store.read(f"{folder}classes.json")
     if data is not None:
         try:
             classes = [str(class_name) for class_name in json.loads(data)]
         except (ValueError, TypeError):
             problems.append("classes.json: must be a list of names")
-    counts: dict[int, int] = {}
     for shard in tqdm(shards, desc=name, unit=" shards", disable=None):
-        info = shard["zip_data"] or shard["raw_data"]
+        basename = (shard.zip_data or shard.raw_data).basename
+        decode = _find_decoder(shard)
         try:
-            samples = _read_shard(store, split, shard, info)
-            labels = [int(np.frombuffer(sample["y"], np.int64)[0]) for sample in samples]
+            samples = _read_shard(store, folder, shard)
         except BadShard as error:
-            problems.append(f"{info['basename']}: {error}")
+            problems.append(f"{basename}: {error}")
             continue
-        for number, label in enumerate(labels):
-            counts[label] = counts.get(label, 0) + 1
+        for number, (_, label) in enumerate(samples):
+            counts[label] += 1
             if label < 0 or (classes is not None and label >= len(classes)):
                 rule = "at least 0" if classes is None else f"in [0, {len(classes)})"
-                problems.append(f"{info['basename']} sample {number}: label must be {rule}, got {label}")
-        encoding = shard["column_encodings"][shard["column_names"].index("x")]
+                problems.append(f"{basename} sample {number}: label must be {rule}, got {label}")
         for number in _spread(len(samples), samples_per_shard):
             try:
-                _decode(encoding, samples[number]["x"])
+                decode(samples[number][0])
             except Exception as error:  # the decoders of other encodings than JPEG have no common class
-                problems.append(f"{info['basename']} sample {number}: {to_line(error)}")
-    num_images = sum(counts.values())
-    num_bytes = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
-    print(
-        f"{name}: {num_images:,} images {_describe_classes(counts, classes)}, in {len(shards):,} shards, "
-        f"{num_bytes:,} bytes"
-    )
+                problems.append(f"{basename} sample {number}: {to_line(error)}")
+    num_bytes = sum((shard.zip_data or shard.raw_data).bytes for shard in shards)
+    print(f"{name}: {counts.total():,} images {_describe_classes(counts, classes)}, in {len(shards):,} shards, "
+          f"{num_bytes:,} bytes")
     return problems
 
 
-def _read(store: Store, split: str, name: str) -> bytes | None:
-    path = _join(split, name)
-    return with_retries(store, lambda: store.read(path), f"PATH must be readable for {path}")
-
-
-def _join(split: str, name: str) -> str:
-    return f"{split}/{name}" if split else name
-
-
-def _read_index(data: bytes) -> list[dict[str, Any]]:
-    """The shards of an index, with all keys that are used here."""
+def _read_index(data: bytes) -> list[MDSReader]:
     try:
-        shards = json.loads(data)["shards"]
+        shards = [MDSReader.from_json("", None, shard) for shard in json.loads(data)["shards"]]
         for shard in shards:
-            columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-            if shard["format"] != "mds" or "x" not in columns or columns["y"] != "int":
+            shard.validate(allow_unsafe_types=False)
+            columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+            if "x" not in columns or columns.get("y") != "int":
                 raise BadShard(f"index.json: must name MDS shards with the columns x and y (int), got {columns}")
-            for info in (shard["raw_data"], shard["zip_data"] or shard["raw_data"]):
-                str(info["basename"]), int(info["bytes"]), dict(info["hashes"])
-            int(shard["samples"]), list(shard["column_sizes"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BadShard):
-            raise
-        raise BadShard(f"index.json: must be the index of MDS shards, got a broken one ({error})") from None
+            for info in (shard.raw_data, shard.zip_data or shard.raw_data):
+                str(info.basename), int(info.bytes), dict(info.hashes)
+            int(shard.samples), list(shard.column_sizes)
+    except BadShard:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"index.json: must be the index of MDS shards, got a broken one ({to_line(error)})"
+        raise BadShard(message) from None
     return shards
 
 
-def _read_shard(store: Store, split: str, shard: dict[str, Any], info: dict[str, Any]) -> list[dict[str, bytes]]:
-    """The columns of every sample, as they are encoded."""
-    data = _read(store, split, info["basename"])
-    if data is None:
-        raise BadShard("must be there, but is missing")
-    if len(data) != info["bytes"]:
-        raise BadShard(f"must have {info['bytes']} bytes, got {len(data)}")
-    for algorithm, expected in info["hashes"].items():
-        found = get_hash(algorithm, data)
-        if found != expected:
-            raise BadShard(f"must have the {algorithm} hash {expected}, got {found}")
-    if shard["zip_data"]:
-        data = decompress(shard["compression"], data)
-    try:
-        return list(_split_samples(data, shard))
-    except BadShard:
-        raise
-    except ValueError as error:
-        raise BadShard(f"must be MDS, got {error}") from None
+def _find_decoder(shard: MDSReader) -> Callable[[bytes], Any]:
+    encoding = shard.column_encodings[shard.column_names.index("x")]
+    return decode_tensor if encoding in ("jpeg", "png") else lambda data: mds_decode(encoding, data)
 
 
-def _split_samples(data: bytes, shard: dict[str, Any]) -> Iterator[dict[str, bytes]]:
-    """MDS: the number of samples, where each begins and the last ends, and then in each the sizes and the values."""
-    num_samples = shard["samples"]
-    header_size = 4 * (num_samples + 2)
-    if len(data) < header_size or int.from_bytes(data[:4], "little") != num_samples:
-        raise BadShard(f"must hold the {num_samples} samples of index.json, got {int.from_bytes(data[:4], 'little')}")
+def _read_shard(store: Store, folder: str, shard: MDSReader) -> list[tuple[bytes, int]]:
+    """The encoded picture and the label of every sample."""
+    info = shard.zip_data or shard.raw_data
+    with TemporaryDirectory() as workspace:
+        name = f"{folder}{info.basename}"
+        file = store.retry(lambda: store.fetch(name, Path(workspace)), f"must be readable for {name}")
+        if file is None:
+            raise BadShard("must be there, but is missing")
+        data = file.read_bytes()
+        if len(data) != info.bytes:
+            raise BadShard(f"must have {info.bytes} bytes, got {len(data)}")
+        for algorithm, expected in info.hashes.items():
+            found = get_hash(algorithm, data)
+            if found != expected:
+                raise BadShard(f"must have the {algorithm} hash {expected}, got {found}")
+        if shard.zip_data:
+            data, file = decompress(shard.compression, data), Path(workspace, "raw")
+            file.write_bytes(data)
+        shard.dirname, shard.raw_data.basename = str(file.parent), file.name
+        try:
+            return list(_read_samples(shard, data))
+        except (ValueError, IndexError) as error:
+            raise error if isinstance(error, BadShard) else BadShard(f"must be MDS, got {to_line(error)}") from None
+
+
+def _read_samples(shard: MDSReader, data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Read with streaming's reader, which trusts the numbers in the file."""
+    num_samples = int.from_bytes(data[:4], "little")
+    if num_samples != shard.samples:
+        raise BadShard(f"must hold the {shard.samples} samples of index.json, got {num_samples}")
     offsets = np.frombuffer(data, np.uint32, num_samples + 1, offset=4).astype(np.int64)
-    if offsets[-1] != len(data) or offsets[0] < header_size or np.any(np.diff(offsets) < 0):
+    sizes = np.diff(offsets)
+    if offsets[-1] != len(data) or offsets[0] < 4 * (num_samples + 2) or np.any(sizes < 0):
         raise BadShard("must be MDS, but its samples overlap or end elsewhere than the file")
-    num_sizes = sum(size is None for size in shard["column_sizes"])
-    for number, begin in enumerate(offsets[:-1].tolist()):
-        sizes = iter(np.frombuffer(data, np.uint32, num_sizes, offset=begin).tolist())
-        position = begin + 4 * num_sizes
-        sample = {}
-        for name, fixed_size in zip(shard["column_names"], shard["column_sizes"], strict=True):
-            size = next(sizes) if fixed_size is None else fixed_size
-            sample[name] = data[position:position + size]
-            position += size
-        if position != offsets[number + 1]:
+    shard.column_encodings = ["bytes"] * len(shard.column_names)
+    num_variable = sum(not size for size in shard.column_sizes)
+    for number, size in enumerate(sizes):
+        sample = shard[number]
+        if sum(map(len, sample.values())) + 4 * num_variable != size:
             raise BadShard(f"must be MDS, but the columns of sample {number} do not fill it")
-        yield sample
+        yield sample["x"], int(mds_decode("int", sample["y"]))
 
 
 def _spread(num_samples: int, num_chosen: int) -> list[int]:
@@ -174,14 +169,7 @@ def _spread(num_samples: int, num_chosen: int) -> list[int]:
     return sorted({round(number) for number in np.linspace(0, num_samples - 1, min(num_samples, num_chosen))})
 
 
-def _decode(encoding: str, data: bytes) -> None:
-    if encoding in ("jpeg", "png"):
-        decode_tensor(data)
-    else:
-        mds_decode(encoding, data)
-
-
-def _describe_classes(counts: dict[int, int], classes: list[str] | None) -> str:
+def _describe_classes(counts: Counter[int], classes: list[str] | None) -> str:
     names = {label: str(label) for label in counts} | dict(enumerate(classes or ()))
     counts = dict.fromkeys(range(len(classes or ())), 0) | counts
     if not counts:

@@ -7,19 +7,14 @@ often the conversion was stopped.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,14 +23,14 @@ from streaming.base.util import bytes_to_int
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
 from pss_composer.data.prepare.shards import Job, Settings, run_workers, write_json
-from pss_composer.data.prepare.stores import LocalStore, Store, open_store, with_retries
-from pss_composer.errors import InputError
+from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store, open_store
+from pss_composer.errors import InputError, raise_errors
+from pss_composer.locks import FolderLock
 
 FORMAT = 1  # another number makes other shards of the same images
 SHUFFLE_SEED = 0
 MAX_SHARD_SIZE = 2**30  # MDS counts bytes with 32 bits
-OWN_NAMES = re.compile(r"\.parts|(\.?(plan|classes|index)\.json|\.?shard\.\d{5,}\.mds)(\.part)?")
-LOCK_WAIT = 5  # s
+OWN_NAMES = re.compile(r"\.parts|(plan|classes|index)\.json|shard\.\d{5,}\.mds")
 
 
 def convert_images(
@@ -55,46 +50,42 @@ def convert_images(
 
     Args:
         source: Holds `train/CLASS/*` or `val/CLASS/*` or both, or the validation images themselves.
-        out: Folder or URL: new, empty, or left by the same conversion.
+        out: Folder or URL of a store that streaming writes to: new, empty, or left by the same conversion.
         ground_truth: The classes of validation images without class folders, see `read_ground_truth`.
-        shortest_side: Images whose shortest side is longer are resized to it (bicubic) and encoded again as JPEG;
-            all others keep their bytes.
-        quality: Of the JPEGs that are resized.
+        shortest_side: Images whose shortest side is longer, in pixels, are resized to it (bicubic) and encoded again
+            as JPEG; all others keep their bytes.
+        quality: Quality of the JPEGs that are resized, in [1, 100].
         shard_size: Source bytes per shard, like `64mb`.
-        num_workers: Processes; as many as cores by default.
+        num_workers: Number of processes; as many as cores by default.
         is_strict: The first image that does not decode is an error.
 
     Raises:
         InputError: Bad input, an `out` that holds something else, or a store that fails.
     """
-    settings = _check_settings(shortest_side, quality, shard_size)
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    if num_workers < 1:
-        raise InputError(f"--workers must be at least 1, got {num_workers}")
-    store = open_store(out)
-    if isinstance(store, LocalStore) and store.root.exists() and not store.root.is_dir():
-        raise InputError(f"OUT must be a folder, got {out!r}")
-    readable = f"OUT must be readable at {hide_password(out)}"
-    splits = find_splits(source, ground_truth, with_retries(store, lambda: _read_classes(store), readable))
-    names = with_retries(store, lambda: store.list_folder(""), readable)
-    for name in names or ():
-        if name not in SPLITS:
-            raise InputError(f"OUT must hold nothing but {' and '.join(SPLITS)}, got {name!r} at {hide_password(out)}")
-    fingerprints = [_fingerprint(split, settings) for split in splits]
-    # of all splits, before the first takes hours
-    states = [
-        with_retries(store, lambda i=i: _find_state(store, splits[i].name, fingerprints[i]), readable)
-        for i in range(len(splits))
-    ]
-    for split, fingerprint, state in zip(splits, fingerprints, states, strict=True):
-        if state == "finished":
-            print(f"{split.name}: finished already, nothing to do")
-            if isinstance(store, LocalStore):
-                shutil.rmtree(store.root / split.name / ".parts", ignore_errors=True)
-        else:
-            _convert_split(store, split, settings, fingerprint, state == "started", num_workers, is_strict)
-    store.close()
+    settings = _read_settings(shortest_side, quality, shard_size, num_workers)
+    with closing(open_store(out, key="out", is_written=True)) as store:
+        splits = find_splits(source, ground_truth, _read_classes(store))
+        for name in _list_folder(store, ""):
+            if name not in SPLITS:
+                raise InputError(f"must hold nothing but {' and '.join(SPLITS)}, got {name!r} at {hide_password(out)}",
+                                 key="out")
+        fingerprints = [_fingerprint(split, settings) for split in splits]
+        # of all splits, before the first takes hours
+        states = [_find_state(store, split.name, fingerprint)
+                  for split, fingerprint in zip(splits, fingerprints, strict=True)]
+        for split, fingerprint, state in zip(splits, fingerprints, states, strict=True):
+            if state == "finished":
+                print(f"{split.name}: finished already, nothing to do")
+                _clear_parts(store, split.name)
+                continue
+            with _open_split(store, split.name) as lock:
+                # what another conversion did in the meantime counts
+                is_resumed = _find_state(store, split.name, fingerprint) != "new"
+                shards = plan_shards(split, settings.shard_size)
+                job = Job(store, split, shards, settings, fingerprint, is_resumed, is_strict, lock)
+                _convert_split(job, num_workers)
 
 
 def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
@@ -120,17 +111,23 @@ def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
     return shards
 
 
-def _check_settings(shortest_side: int | None, quality: int, shard_size: str | int) -> Settings:
+def _read_settings(shortest_side: int | None, quality: int, shard_size: str | int, num_workers: int) -> Settings:
+    errors = []
     if shortest_side is not None and shortest_side < 1:
-        raise InputError(f"--shortest-side must be at least 1 pixel, got {shortest_side}")
+        errors.append(InputError(f"must be at least 1 pixel, got {shortest_side}", key="shortest_side"))
     if not 1 <= quality <= 100:
-        raise InputError(f"--quality must be in [1, 100], got {quality}")
+        errors.append(InputError(f"must be in [1, 100], got {quality}", key="quality"))
+    num_bytes = 0
     try:
         num_bytes = bytes_to_int(shard_size)
     except ValueError:
-        raise InputError(f"--shard-size must be a number of bytes like 64mb, got {shard_size!r}") from None
-    if not 1 <= num_bytes <= MAX_SHARD_SIZE:
-        raise InputError(f"--shard-size must be in [1, 1gb], got {shard_size!r}")
+        errors.append(InputError(f"must be a number of bytes like 64mb, got {shard_size!r}", key="shard_size"))
+    else:
+        if not 1 <= num_bytes <= MAX_SHARD_SIZE:
+            errors.append(InputError(f"must be in [1, 1gb], got {shard_size!r}", key="shard_size"))
+    if num_workers < 1:
+        errors.append(InputError(f"must be at least 1, got {num_workers}", key="num_workers"))
+    raise_errors(errors)
     return Settings(shortest_side, 0 if shortest_side is None else quality, num_bytes)
 
 
@@ -139,7 +136,13 @@ def _read_classes(store: Store) -> dict[str, list[str]]:
     try:
         return {split: list(json.loads(data)) for split, data in files.items() if data is not None}
     except (ValueError, TypeError):
-        raise InputError("OUT must hold a list of class names in classes.json, got something else") from None
+        message = "must hold a list of class names in classes.json, got something else"
+        raise InputError(message, key="out") from None
+
+
+def _list_folder(store: Store, name: str) -> list[str]:
+    """The names of files and folders in a folder of the store; none where it cannot list them."""
+    return store.retry(lambda: store.list_folder(name), f"must be readable at {hide_password(store.url)}") or []
 
 
 def _fingerprint(split: Split, settings: Settings) -> str:
@@ -154,13 +157,10 @@ def _find_state(store: Store, name: str, fingerprint: str) -> str:
     plan = store.read(f"{name}/plan.json")
     is_finished = store.read(f"{name}/index.json") is not None
     # where the store cannot list its files, at least the index of a finished conversion is found
-    names = store.list_folder(name) or (["index.json"] if is_finished else [])
-    if plan is None:
-        foreign = [entry for entry in names if entry not in (".parts", ".plan.json.part")]
-    else:
-        foreign = [entry for entry in names if not OWN_NAMES.fullmatch(entry)]
+    names = _list_folder(store, name) or (["index.json"] if is_finished else [])
+    foreign = [entry for entry in names if entry != PARTS and (plan is None or not OWN_NAMES.fullmatch(entry))]
     if foreign:
-        raise InputError(f"OUT must be new or hold this conversion, got a foreign {name}/{foreign[0]}")
+        raise InputError(f"must be new or hold this conversion, got a foreign {name}/{foreign[0]}", key="out")
     if plan is None:
         return "new"
     try:
@@ -169,55 +169,55 @@ def _find_state(store: Store, name: str, fingerprint: str) -> str:
         is_same = False
     if not is_same:
         raise InputError(
-            f"OUT must be new or hold this conversion, got {name}/plan.json of another one (other images, classes, "
-            "--shortest-side, --quality or --shard-size)"
+            f"must be new or hold this conversion, got {name}/plan.json of another one (other images, classes, "
+            "or settings of the shards)",
+            key="out",
         )
     return "finished" if is_finished else "started"
 
 
-def _convert_split(
-    store: Store,
-    split: Split,
-    settings: Settings,
-    fingerprint: str,
-    is_resumed: bool,
-    num_workers: int,
-    is_strict: bool,
-) -> None:
-    shards = plan_shards(split, settings.shard_size)
-    plan = {
-        "fingerprint": fingerprint,
-        "source": str(split.folder.resolve()),
-        "images": len(split.images),
-        "shards": len(shards),
-        **asdict(settings),
-    }
-    if not is_resumed:
+@contextmanager
+def _open_split(store: Store, name: str) -> Iterator[FolderLock | None]:
+    """Keep other conversions on this machine out of a split, and at the end remove what only a conversion needs."""
+    if isinstance(store, RemoteStore):
+        yield None
+        return
+    lock = FolderLock(store.root / name / PARTS, key="out")
+    try:
+        yield lock
+        _clear_parts(store, name)
+    finally:
+        lock.release()
+
+
+def _clear_parts(store: Store, name: str) -> None:
+    if not isinstance(store, RemoteStore):  # streaming does not remove files there
+        shutil.rmtree(store.root / name / PARTS, ignore_errors=True)
+
+
+def _convert_split(job: Job, num_workers: int) -> None:
+    store, split = job.store, job.split
+    if not job.is_resumed:
+        plan = {
+            "fingerprint": job.fingerprint,
+            "source": str(split.folder.resolve()),
+            "images": len(split.images),
+            "shards": len(job.shards),
+            **asdict(job.settings),
+        }
         write_json(store, f"{split.name}/plan.json", plan)
     write_json(store, f"{split.name}/classes.json", split.classes)
     if split.num_ignored:
         print(f"{split.name}: {split.num_ignored:,} other files and folders ignored")
 
-    with _open_workspace(store, split.name) as workspace:
-        job = Job(
-            store=store,
-            split=split,
-            settings=settings,
-            fingerprint=fingerprint,
-            is_resumed=is_resumed,
-            is_strict=is_strict,
-            workspace=workspace,
-            num_done=multiprocessing.RawArray(ctypes.c_int64, len(shards)),
-            is_stopped=multiprocessing.RawValue(ctypes.c_bool, False),
-        )
-        store.close()  # a connection does not survive being used by two processes
-        records = run_workers(job, shards, min(num_workers, len(shards)))
-        entries = [record["shard"] for record in records if record["shard"] is not None]
-        if not entries:
-            name, reason = records[0]["left_out"][0]
-            raise InputError(f"SRC must hold images that decode, got none in {split.name}; {name}: {reason}")
-        # the last file: with it the shards are a whole
-        write_json(store, f"{split.name}/index.json", {"version": 2, "shards": entries})
+    store.close()  # two processes cannot use one connection
+    records = run_workers(job, min(num_workers, len(job.shards)))
+    entries = [record["shard"] for record in records if record["shard"] is not None]
+    if not entries:
+        name, reason = records[0]["left_out"][0]
+        raise InputError(f"must hold images that decode, got none in {split.name}; {name}: {reason}", key="source")
+    # the last file: with it the split is complete
+    write_json(store, f"{split.name}/index.json", {"version": 2, "shards": entries})
 
     left_out = sorted(tuple(image) for record in records for image in record["left_out"])
     for name, reason in left_out:
@@ -228,38 +228,3 @@ def _convert_split(
         f"{split.name}: {num_images:,} images of {len(split.classes)} classes in {num_shards}, "
         f"{len(left_out):,} left out"
     )
-
-
-@contextlib.contextmanager
-def _open_workspace(store: Store, name: str) -> Iterator[Path]:
-    """A folder for unfinished shards: of a folder within it, for a rename does not cross file systems."""
-    if isinstance(store, LocalStore):
-        workspace = store.root / name / ".parts"
-        with _locked(workspace.parent):
-            workspace.mkdir(exist_ok=True)
-            yield workspace
-            shutil.rmtree(workspace)
-    else:
-        with tempfile.TemporaryDirectory(prefix="pss-convert-") as folder:
-            yield Path(folder)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other conversions on this machine out of a folder, until the workers have ended, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for seconds_left in reversed(range(LOCK_WAIT)):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # also by workers whose conversion was killed a moment ago
-                if not seconds_left:
-                    raise InputError(f"OUT must be written by one conversion at a time, another one writes to "
-                                     f"{str(folder)!r}") from None
-                time.sleep(1)
-            except OSError:  # a file system that cannot lock folders, such as NFS
-                break
-        yield
-    finally:
-        os.close(handle)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from tqdm import tqdm
 
 from pss_composer.data.augmentation.decoding import BadImage, decode_tensor
 from pss_composer.data.prepare.imagenet import SourceImage, Split
-from pss_composer.data.prepare.stores import LocalStore, Store, with_retries
+from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store
 from pss_composer.errors import InputError
+from pss_composer.locks import FolderLock
 
+COLUMNS = {"x": "jpeg", "y": "int"}
 HASH = "xxh3_64"
 
 
@@ -36,7 +37,7 @@ class Settings:
 
     Args:
         shortest_side: Larger images are resized to this, in pixels; None leaves all as they are.
-        quality: Of the JPEGs that are resized, in [1, 100].
+        quality: Quality of the JPEGs that are resized, in [1, 100].
         shard_size: Bytes of source files per shard.
     """
 
@@ -47,41 +48,47 @@ class Settings:
 
 @dataclass
 class Job:
-    """What the worker processes of one split share.
+    """The conversion of one split, which its worker processes inherit.
 
     Args:
-        store: Of all splits.
+        store: Where the shards go.
         split: The split.
+        shards: The images of every shard.
         settings: How the images are written.
-        fingerprint: Of the plan, in every record.
-        is_resumed: Shards may already be there.
+        fingerprint: Identifies the conversion, in every record.
+        is_resumed: Some shards may be there already.
         is_strict: The first image that does not decode is an error.
-        workspace: Folder for unfinished shards.
+        lock: Keeps other conversions out of the split; None for a remote store.
+
+    Attributes:
         num_done: Images done in every shard.
-        is_stopped: The workers shall stop. Both without a lock, which a worker that is killed would keep.
+        is_stopped: The workers shall stop. Both are without a lock, which a worker that is killed would keep.
     """
 
     store: Store
     split: Split
+    shards: list[list[SourceImage]]
     settings: Settings
     fingerprint: str
     is_resumed: bool
     is_strict: bool
-    workspace: Path
-    num_done: Any
-    is_stopped: Any
+    lock: FolderLock | None
+
+    def __post_init__(self) -> None:
+        self.num_done = multiprocessing.RawArray(ctypes.c_int64, len(self.shards))
+        self.is_stopped = multiprocessing.RawValue(ctypes.c_bool, False)
 
 
-def run_workers(job: Job, shards: list[list[SourceImage]], num_workers: int) -> list[dict[str, Any]]:
-    """Has the shards of a split written, and returns their records in order."""
+def run_workers(job: Job, num_workers: int) -> list[dict[str, Any]]:
+    """Have all shards written, and return their records in order."""
     context = multiprocessing.get_context("fork")  # a worker that starts afresh imports torch for seconds
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
-            futures = [pool.submit(_write_shard, number, images) for number, images in enumerate(shards)]
-            _follow(futures, job)
+            futures = [pool.submit(_write_shard, number) for number in range(len(job.shards))]
+            _show_progress(futures, job)
         except BrokenProcessPool:
             raise InputError(
-                f"a worker process of --workers {num_workers} died (killed, or out of memory?): "
+                f"one of {num_workers} worker processes died (killed, or out of memory?): "
                 "the same command goes on from here"
             ) from None
         except BaseException:
@@ -91,12 +98,16 @@ def run_workers(job: Job, shards: list[list[SourceImage]], num_workers: int) -> 
     return [future.result() for future in futures]
 
 
-def _follow(futures: list[Future], job: Job) -> None:
-    """Draws the progress bar until all shards are done or one has failed."""
+def write_json(store: Store, name: str, value: Any) -> None:
+    """Write a small file of the conversion."""
+    store.write(name, json.dumps(value, sort_keys=True).encode())
+
+
+def _show_progress(futures: list[Future], job: Job) -> None:
+    """Draw the progress bar until all shards are done or one has failed."""
     pending = set(futures)
-    num_images = len(job.split.images)
-    with tqdm(total=num_images, desc=job.split.name, unit=" images", smoothing=0, disable=None) as bar:
-        bar.initial = 0  # which a disabled one lacks
+    with tqdm(total=len(job.split.images), desc=job.split.name, unit=" images", smoothing=0, disable=None) as bar:
+        bar.initial = 0  # a disabled one has no such attribute
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for record in (future.result() for future in done):
@@ -111,7 +122,9 @@ _job: Job  # of a worker process
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one tells the others
+    if job.lock is not None:
+        job.lock.release()  # its copy here would outlast a main process that is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler waits for a system call to end
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PIL's, about odd metadata
@@ -124,18 +137,15 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _write_shard(number: int, images: Sequence[SourceImage]) -> dict[str, Any] | None:
-    """Reads and checks images, writes their shard and then its record, and returns the record.
+def _write_shard(number: int) -> dict[str, Any] | None:
+    """Read and check images, write their shard and then its record, and return the record.
 
     A shard that is already there is left alone. None if the conversion was stopped.
     """
-    job = _job
-    basename = f"shard.{number:05}.mds"
-    name, record_name = f"{job.split.name}/{basename}", f"{job.split.name}/.parts/shard.{number:05}.json"
-    record = None
-    if job.is_resumed:
-        rule = f"OUT must be readable for {record_name}"
-        record = with_retries(job.store, lambda: _read_record(job, name, record_name), rule)
+    job, basename = _job, f"shard.{number:05}.mds"
+    images = job.shards[number]
+    name, record_name = f"{job.split.name}/{basename}", f"{job.split.name}/{PARTS}/shard.{number:05}.json"
+    record = _read_record(job, name, record_name) if job.is_resumed else None
     was_there = record is not None
     if record is None:
         samples, left_out = [], []
@@ -150,7 +160,7 @@ def _write_shard(number: int, images: Sequence[SourceImage]) -> dict[str, Any] |
                     break
             job.num_done[number] += 1
         if not (left_out and job.is_strict):
-            entry = with_retries(job.store, lambda: _store_shard(job, name, samples), f"OUT must take {name}")
+            entry = job.store.retry(lambda: _store_shard(job, name, samples), f"must take {name}")
             record = {"fingerprint": job.fingerprint, "shard": entry, "left_out": left_out}
             write_json(job.store, record_name, record)
     else:
@@ -158,17 +168,17 @@ def _write_shard(number: int, images: Sequence[SourceImage]) -> dict[str, Any] |
         job.num_done[number] = len(images)
     if left_out and job.is_strict:
         image_name, reason = left_out[0]
-        raise InputError(f"--strict: SRC must hold whole images, got {job.split.folder / image_name}: {reason}")
+        raise InputError(f"allows only images that decode, got {job.split.folder / image_name}: {reason}",
+                         key="is_strict")
     return record | {"was_there": was_there, "num_images": len(images)}
 
 
 def _read_record(job: Job, name: str, record_name: str) -> dict[str, Any] | None:
-    data = job.store.read(record_name)
     try:
-        record = json.loads(data or b"null")
+        record = json.loads(job.store.read(record_name) or b"null")
         if record is None or record["fingerprint"] != job.fingerprint:
             return None
-        if isinstance(job.store, LocalStore) and record["shard"] is not None:
+        if record["shard"] is not None and not isinstance(job.store, RemoteStore):  # which does not lose files
             path = job.store.root / name
             if not path.is_file() or path.stat().st_size != record["shard"]["raw_data"]["bytes"]:
                 return None
@@ -178,39 +188,32 @@ def _read_record(job: Job, name: str, record_name: str) -> dict[str, Any] | None
 
 
 def _store_shard(job: Job, name: str, samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Writes a shard and returns its entry of the index; a shard without samples is not written."""
+    """Write a shard and return its entry of the index; a shard without samples is not written."""
     if not samples:
         return None
-    with tempfile.TemporaryDirectory(dir=job.workspace) as folder:
-        shard = _ShardWriter(Path(name).name, folder)
-        with shard:
+    with job.store.open_workspace(job.split.name) as folder:
+        file = Path(folder, name)
+        # bytes in the place of an image stay as they are
+        with MDSWriter(columns=COLUMNS, out=str(file.parent), hashes=[HASH], size_limit=None) as shard:
             for sample in samples:
                 shard.write(sample)
-        job.store.put(Path(folder, shard.basename), name)
-    return shard.shards[0]
-
-
-class _ShardWriter(MDSWriter):
-    """Writes one shard under a given name. Bytes in the place of an image stay as they are."""
-
-    def __init__(self, basename: str, folder: str) -> None:
-        super().__init__(columns={"x": "jpeg", "y": "int"}, out=folder, hashes=[HASH], size_limit=None)
-        self.basename = basename
-
-    def _name_next_shard(self, extension: str | None = None) -> tuple[str, str | None]:
-        return self.basename, None
+        (entry,) = shard.shards
+        # the writer numbers its shards from 0
+        os.replace(file.with_name(entry["raw_data"]["basename"]), file)
+        entry["raw_data"]["basename"] = file.name
+        job.store.put(Path(folder), name)
+    return entry
 
 
 def _read_image(folder: Path, image: SourceImage, settings: Settings) -> bytes:
     """The bytes for the shard of an image that decodes."""
+    path = folder / image.name
     try:
-        data = (folder / image.name).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"SRC must be readable, got {error}") from None
+        raise InputError(f"must be readable, got {str(path)!r}: {error.strerror}", key="source") from None
     if len(data) != image.size:
-        raise InputError(
-            f"SRC must stay as it is, got {len(data)} bytes instead of {image.size} in {folder / image.name}"
-        )
+        raise InputError(f"must stay as it is, got {len(data)} bytes instead of {image.size} in {path}", key="source")
     pixels = decode_tensor(data)
     height, width = pixels.shape[1:]
     if settings.shortest_side is None or min(height, width) <= settings.shortest_side:
@@ -221,9 +224,3 @@ def _read_image(folder: Path, image: SourceImage, settings: Settings) -> bytes:
     encoded = io.BytesIO()
     picture.resize(scaled, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=settings.quality)
     return encoded.getvalue()
-
-
-def write_json(store: Store, name: str, value: Any) -> None:
-    """Writes a small file of the conversion."""
-    data = json.dumps(value, sort_keys=True).encode()
-    with_retries(store, lambda: store.write(name, data), f"OUT must take {name}")

@@ -1,0 +1,85 @@
+"""Reads the classes of ImageNet's validation images, which are published without class folders."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from pss_composer.errors import InputError
+
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], list[str]]:
+    """The classes of the validation images, in any of three forms.
+
+    The development kit's `ILSVRC2012_validation_ground_truth.txt` has a number from 1 to 1000 per image, whose
+    WordNet id is in the kit's `meta.mat` beside it; other lists have a WordNet id per image; Kaggle's
+    `LOC_val_solution.csv` names the image, too.
+
+    Args:
+        path: The file.
+        image_names: File names, sorted: the order of the lists.
+
+    Returns:
+        The WordNet id of every image, and those of all classes, sorted.
+
+    Raises:
+        InputError: The file has another form, or does not fit the images.
+    """
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _error(f"must be a text file, got {str(path)!r}: {error}") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if lines and lines[0].startswith("ImageId"):
+        ids = _read_solution(path, lines, image_names)
+    else:
+        ids = lines
+        if len(ids) != len(image_names):
+            raise _error(f"must have a line per image, got {len(ids)} lines for {len(image_names)} images")
+    if all(line.isdecimal() for line in ids):
+        numbers = _read_meta(path.with_name("meta.mat"))
+        unknown = [line for line in ids if int(line) not in numbers]
+        if unknown:
+            raise _error(f"must name classes of meta.mat, got {unknown[0]} in {str(path)!r}")
+        return [numbers[int(line)] for line in ids], sorted(numbers.values())
+    for line in ids:
+        if not WORDNET_ID.fullmatch(line):
+            raise _error("must hold the development kit's numbers or WordNet ids like n01440764, "
+                         f"got {line!r} in {str(path)!r}")
+    return ids, sorted(set(ids))
+
+
+def _read_solution(path: Path, lines: list[str], image_names: list[str]) -> list[str]:
+    rows = list(csv.reader(lines))[1:]
+    if not all(len(row) == 2 and row[1].split() for row in rows):
+        raise _error(f"must have the columns ImageId,PredictionString, got others in {str(path)!r}")
+    ids = {row[0]: row[1].split()[0] for row in rows}
+    stems = [Path(name).stem for name in image_names]
+    missing = sorted(set(stems) ^ set(ids))
+    if missing:
+        raise _error(f"must name the images of the folder, got {len(ids)} names for {len(stems)} images; "
+                     f"only one of the two has {missing[0]}")
+    return [ids[stem] for stem in stems]
+
+
+def _read_meta(path: Path) -> dict[int, str]:
+    """From the development kit's class numbers to WordNet ids, as torchvision reads them."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise _error("of the development kit needs scipy, which is not installed: pip install scipy") from None
+    if not path.is_file():
+        raise _error(f"of the development kit needs meta.mat beside it, got none at {str(path)!r}")
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        # the rest are the classes above these in WordNet's tree
+        return {int(synset[0]): str(synset[1]) for synset in synsets if synset[4] == 0}
+    except Exception as error:  # scipy's readers raise many things for broken files
+        raise _error(f"needs the development kit's meta.mat, got {str(path)!r}: {error}") from None
+
+
+def _error(rule: str) -> InputError:
+    return InputError(rule, key="ground_truth")
