@@ -1,35 +1,40 @@
-"""What a trained model does at each keep rate, and what that costs."""
+"""A finished run, read from its folder: the recipe, the trained model and the log."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from composer import Trainer
-from composer.core import DataSpec, Evaluator
+import yaml
 from composer.models import ComposerModel
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from pss_composer.checkpoints import LATEST, load_checkpoint
-from pss_composer.errors import InputError
-from pss_composer.training.run_folder import RECIPE_FILE
+from pss_composer.checkpoints.reading import LATEST
+from pss_composer.checkpoints.transfer import load_checkpoint
+from pss_composer.errors import InputError, to_line
 from pss_composer.sampling import PatchSampler
-from pss_composer.training.recipe import Recipe
 from pss_composer.surgery import apply_patch_sampling
-from pss_composer.training.trainer import build_data, build_model, build_sampler
-
-KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
+from pss_composer.training.builders import build_model, build_sampler
+from pss_composer.training.recipe import Recipe
+from pss_composer.training.run_folder import LOG_FILE, RECIPE_FILE
 
 
 @dataclass
 class Run:
-    """A finished run, read from its folder: the recipe, the trained model with a sampler in it, the sampler."""
+    """A finished run.
+
+    Args:
+        name: What tables and pictures call it.
+        folder: The `save_folder` of the run.
+        recipe: What it was trained with.
+        model: The trained model, with a sampler in it.
+        patch_sampler: That sampler.
+    """
 
     name: str
     folder: Path
@@ -47,76 +52,60 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     for name in (RECIPE_FILE, LATEST):
         if not (folder / name).exists():
-            raise InputError(f"run must be the save_folder of a trained recipe, no {name} in {folder}")
-    try:
-        settings = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(folder / RECIPE_FILE))
-        recipe = OmegaConf.to_object(settings)
-    except OmegaConfBaseException as error:
-        raise InputError(f"run must hold a recipe of this version, {folder / RECIPE_FILE} is none: "
-                         f"{str(error).splitlines()[0]}") from error
+            raise InputError(f"must be the save_folder of a trained recipe, no {name} in {folder}", key="run")
+    recipe = _read_recipe(folder / RECIPE_FILE)
     model = build_model(recipe.model)
     patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
     load_checkpoint(model, folder / LATEST)
     return Run(recipe.run_name, folder, recipe, model, patch_sampler)
 
 
-def evaluate(
-    model: ComposerModel, patch_sampler: PatchSampler, data: DataSpec, keep_rates: Sequence[float] = KEEP_RATES
-) -> dict[float, dict[str, float]]:
-    """A model's metrics at each keep rate; its `eval_keep_rate` afterwards is what it was.
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """`load_run` for several folders; runs of the same name are called by their folders."""
+    runs = [load_run(folder) for folder in folders]
+    counts = Counter(run.name for run in runs)
+    return [run if counts[run.name] == 1 else replace(run, name=str(run.folder)) for run in runs]
 
-    Args:
-        model: A model with a sampler in it.
-        patch_sampler: That sampler.
-        data: Evaluation data.
-        keep_rates: Shares of the tokens to keep, each in (0, 1].
 
-    Returns:
-        Keep rate -> metric name -> value.
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The log of a run, in order of batches: one dictionary for each batch of training, and one for each evaluation.
+
+    A resumed run may have trained a batch twice: the later line counts. Lines that are not whole are left out: a run
+    that is killed may leave one.
+
+    Raises:
+        InputError: There is no log, or no batch of training in it.
     """
-    # Composer asks for an optimizer also where nothing is trained
-    trainer = Trainer(model=model, optimizers=torch.optim.SGD(model.parameters()), progress_bar=False)
-    before = patch_sampler.eval_keep_rate
-    metrics = {}
-    for keep_rate in keep_rates:
-        patch_sampler.eval_keep_rate = keep_rate
-        # Composer wants a label of its own for every evaluation
-        trainer.eval(Evaluator(label=f"keep_rate_{keep_rate}", dataloader=data))
-        metrics[keep_rate] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
-    patch_sampler.eval_keep_rate = before
-    trainer.close()
-    return metrics
+    path = Path(folder) / LOG_FILE
+    if not path.is_file():
+        raise InputError(f"must be the save_folder of a trained recipe, no {LOG_FILE} in {folder}", key="run")
+    by_batch: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "batch" in metrics:  # else the line of the settings
+            key = metrics["batch"], "loss/train/total" in metrics
+            by_batch[key] = by_batch.get(key, {}) | metrics
+    if not any(is_training for _, is_training in by_batch):
+        raise InputError(f"must have trained a batch, {path} has none", key="run")
+    return [by_batch[key] for key in sorted(by_batch)]
 
 
-def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
-    """`evaluate` on the evaluation data of a classifier's recipe."""
-    # on the device that the Trainer of `evaluate` takes
-    data = build_data(run.recipe, "val", "cuda" if torch.cuda.is_available() else "cpu")
-    metrics = evaluate(run.model, run.patch_sampler, data, keep_rates)
-    data.dataloader.close()
-    return metrics
+def select_training(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The batches of training in the log of a run."""
+    return [line for line in lines if "loss/train/total" in line]
 
 
-def count_flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of a forward pass over a batch, by torch's counter.
-
-    Args:
-        model: Any module that takes images.
-        images: (B, 3, H, W).
-    """
-    # the counter does not know the CPU's fused attention, but it does know the matrix products that it is made of
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images)
-    return counter.get_total_flops()
+def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that a run spent in training, evaluation excluded."""
+    return max(line.get("time/train", 0.0) for line in lines)
 
 
-def flop_shares(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, float]:
-    """Keep rate -> FLOPs of a forward pass as a share of those at ρ = 1."""
-    vit, size = run.model.vit.eval(), run.recipe.model.image_size
-    images = torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
-    flops = {}
-    for keep_rate in {1.0, *keep_rates}:
-        run.patch_sampler.eval_keep_rate = keep_rate
-        flops[keep_rate] = count_flops(vit, images)
-    run.patch_sampler.eval_keep_rate = 1.0
-    return {keep_rate: flops[keep_rate] / flops[1.0] for keep_rate in keep_rates}
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
+                         key="run") from error
