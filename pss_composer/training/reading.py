@@ -44,7 +44,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             errors.append(InputError(f"has a value of the wrong type or form: {str(error).splitlines()[0]}", key=key))
     wrong = {error.key for error in errors}
     missing = OmegaConf.missing_keys(recipe)
-    errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing - wrong)]
+    errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing)
+               if key not in wrong and key.split(".")[0] not in wrong]
     if missing:
         # of what is not complete, the groups that are
         groups = {str(key): recipe[key] for key in recipe if not OmegaConf.is_missing(recipe, key)}

@@ -2,8 +2,7 @@
 
 import json
 
-from pss_composer.errors import exit_on_input_error
-from pss_composer.training.command import train_recipe
+from pss_composer import cli
 from support.paths import YAMLS
 
 SMOKE = [
@@ -28,9 +27,7 @@ def read_log(folder):
 
 def train_by_command(arguments):
     """`pss train ARGUMENTS`, in this process."""
-    recipe, *overrides = (argument for argument in arguments if argument != "--debug")
-    with exit_on_input_error(debug="--debug" in arguments):
-        train_recipe(recipe, overrides)
+    cli.main(["train", *arguments])
 
 
 def split(arguments):

@@ -64,7 +64,7 @@ BAD_INPUT = {
                                  "pss.sampler must be one of random, stratified for "
                                  "model.name=simmim_pretrain, got 'magnitude'"),
     "masked_share": ([*PRETRAIN, "masking.unit=8", "pss.sampler=stratified", "pss.masked_share=2"],
-                     "pss.masked_share must be in (0, 1], got 2"),
+                     "pss.masked_share must be a number in (0, 1], got 2"),
     "masked_share_of_random": (["pss.masked_share=0.5"], "pss.masked_share must be null unless pss.sampler=stratified"),
     "stratified": (["pss.sampler=stratified"], "pss.sampler must be one of magnitude, l2_magnitude, random for"),
     "lr_schedule": (["scheduler.name=step"], "scheduler.name must be one of cosine, multistep, got 'step'"),
@@ -86,13 +86,27 @@ BAD_INPUT = {
     "max_duration": (["max_duration=long"], "max_duration must be a time string above 0 in ep, ba, sp"),
     "max_duration_number": (["max_duration=10"], "max_duration must be a time string above 0 in ep, ba, sp"),
     "warmup_unit": (["max_duration=16sp"], "scheduler.warmup must be in sp or dur with max_duration=16sp, got '1ba'"),
-    "warmup": (["scheduler.warmup=5ba"], "scheduler.warmup must be no longer than max_duration=2ba, got '5ba'"),
+    "warmup": (["scheduler.warmup=5ba"], "scheduler.warmup must be no longer than max_duration=2ba, got '5ba': make it "
+               "shorter, like 0.1dur, or 0ep for none"),
+    "warmup_in_epochs": (["scheduler.warmup=3ep"], "scheduler.warmup must be no longer than max_duration=2ba, got "
+                         "'3ep': make it shorter"),
     "batch_size": (["train_batch_size=0"], "train_batch_size must be at least 1, got 0"),
     "too_large_batch": (["train_batch_size=17"], "train_batch_size must be at most the 16 training images, got 17"),
     "parallelism": (["parallelism=tp"], "parallelism must be one of ddp, fsdp, fsdp2, got 'tp'"),
     "precision": (["precision=int8"], "precision must be one of null, fp32, amp_fp16, amp_bf16, got 'int8'"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas must be two numbers in [0, 1), got [0.9]"),
     "mixing": (["mixing.switch_prob=3"], "mixing.switch_prob must"),
+    "run_name": (["run_name=../../x"], "run_name must be a name without separators, got '../../x'"),
+    "run_name_dots": (["run_name=.."], "run_name must be a name without separators, got '..'"),
+    "weights_of_nothing": (["load_weights_only=true"], "load_weights_only must be false without load_path, got True"),
+    "microbatch": (["microbatch_size=9"], "microbatch_size must be at most train_batch_size=8, got 9"),
+    "two_is_no_bool": (["deterministic=2"], "deterministic must be true or false, got 2"),
+    "workers": (["data.num_workers=99999"], "data.num_workers must be in [0, 1024], got 99999"),
+    "giant": (["model.embed_dim=1000000000"], "model.embed_dim must make a ViT of at most 1e+11 weights with depth=2, "
+              "got 1000000000"),
+    "unwritable": (["save_folder=/proc/x"], "save_folder must be a folder that can be written, got '/proc/x'"),
+    "unreachable": (["load_path=s3://nope/x.pt"], "load_path must be a checkpoint that can be fetched, got "
+                    "'s3://nope/x.pt': "),
     "no_equals_sign": (["verbose"], "overrides must look like key=value, got 'verbose'"),
 }
 if not torch.cuda.is_available():
@@ -101,15 +115,18 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(case, tmp_path):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(case, tmp_path, monkeypatch):
     overrides, message = BAD_INPUT[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.pt").write_text("no checkpoint")
     overrides = [override.format(tmp=tmp_path) for override in overrides]
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody answers there
     with pytest.raises(SystemExit) as exit_info:
         main(smoke("simmim_vitb_pss", tmp_path / "run", *overrides))
-    text = exit_info.value.code
-    assert text.startswith("error: " + message.format(tmp=tmp_path)) and "\n" not in text
+    lines = exit_info.value.code.split("\n")
+    assert lines[0].startswith("error: " + message.format(tmp=tmp_path))
+    # these break the rules of several keys
+    assert len(lines) == {"mixing_in_pretraining": 4}.get(case, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "empty.pt"]
 
 
@@ -119,7 +136,8 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(case, tmp_path):
         (None, "recipe must be a YAML file, no such file: "),
         ("a: [1, 2", "recipe must be a YAML file, "),
         ("- a\n- b", "recipe must be a YAML file of key: value lines, "),
-        ("max_duration: 2ba", "data.name must be set, in "),
+        ("max_duration: 2ba\ntrain_batch_size: 8\neval_batch_size: 8\nmodel: {name: deit}\noptimizer: {lr: 1}",
+         "data.name must be set, in "),
     ],
 )
 def test_bad_recipe_file(content, message, tmp_path):
@@ -129,6 +147,26 @@ def test_bad_recipe_file(content, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_recipe(path)
     assert "\n" not in str(error.value)
+
+
+def test_all_mistakes_are_reported_together(tmp_path):
+    """Of every group, of several rooms, of keys that do not exist and between groups' own rules."""
+    mistakes = {
+        "optimzer.lr=1": "optimzer is not a key of a recipe; did you mean optimizer?",
+        "model.embed_dim=wide": "model.embed_dim has a value of the wrong type or form: ",
+        "augmentation.hflip=3": "augmentation.hflip must be a probability in [0, 1], got 3.0",
+        "augmentation.form=slow": "augmentation.form must be one of fast, timm, got 'slow'",
+        "data.name=imagenet": "data.name must be one of ",
+        "mixing.switch_prob=2": "mixing.switch_prob must be in [0, 1], got 2.0",
+        "pss.schedule.start=0": "pss.schedule.start must be a keep rate above 0",
+        "seed=-1": "seed must be in [0, 2^32), got -1",
+    }
+    with pytest.raises(SystemExit) as exit_info:
+        main(smoke("simmim_vitb_pss", tmp_path / "run", *mistakes))
+    lines = exit_info.value.code.split("\n")
+    assert len(lines) == len(mistakes)
+    for message in mistakes.values():
+        assert any(line.startswith(f"error: {message}") for line in lines), message
 
 
 def test_a_save_folder_with_a_run_in_it(tmp_path):
@@ -149,7 +187,7 @@ def test_a_save_folder_with_a_run_in_it(tmp_path):
 def test_more_classes_in_the_shards_than_in_the_head_leave_nothing_written(tmp_path):
     write_images(tmp_path / "data" / "train", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
     write_images(tmp_path / "data" / "val", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
-    with pytest.raises(SystemExit, match="labels must be in .0, model.num_classes=7., got 8"):
+    with pytest.raises(SystemExit, match="error: model.num_classes must fit the labels, which must be in .0, 7., got 8"):
         main(smoke("deit_small_224_pss", tmp_path / "run", "data.name=streaming", f"data.path={tmp_path / 'data'}"))
     assert not (tmp_path / "run").exists()
 

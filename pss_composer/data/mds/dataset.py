@@ -23,7 +23,7 @@ from pss_composer.data.samples import BadSample, Sample, load_sample
 from pss_composer.data.mds.stream import CacheLock, ShardStream, is_complete
 from pss_composer.data.augmentation.decoding import BadImage
 from pss_composer.seeds import derive_seed
-from pss_composer.data.settings import StreamingSettings
+from pss_composer.data.settings import DataSettings
 from pss_composer.data.mds.shared_memory import free_when_dropped, taking_a_number
 from pss_composer.data.augmentation.transforms import Transform
 from pss_composer.errors import InputError, to_line
@@ -53,7 +53,7 @@ class StreamingImages(StreamingDataset):
         folder: Path,
         *,
         remote: str | None,
-        settings: StreamingSettings,
+        settings: DataSettings,
         transform: Transform,
         batch_size: int,
         shuffle: bool,
