@@ -108,7 +108,7 @@ def train(recipe: Recipe) -> Trainer:
         try:
             if not is_at_end:
                 restore_generators(trainer)
-                with name_keys(name_data_key), name_dead_worker(), _naming_full_disk(Path(recipe.save_folder)):
+                with _naming_full_disk(Path(recipe.save_folder)), name_keys(name_data_key), name_dead_worker():
                     trainer.fit()
         finally:
             _close(trainer)
