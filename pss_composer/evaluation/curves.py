@@ -42,7 +42,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
     last = lines[-num_epochs * per_epoch:]
     # a line stands at the end of its batch
     keep_rates.step([(line["batch"] - 1) / per_epoch for line in last], [line["pss/keep_rate"] for line in last],
-                    where="post", color=INK, label="keep rate ρ")
+                    where="post", color=INK)
     keep_rates.set(ylim=(0, 1.05), yticks=KEEP_RATES)
     _finish(keep_rates, f"{run.name}: keep rate of the last {num_epochs} epochs", ylabel="keep rate ρ")
     for keep_rate, means in sorted(mean_losses(lines).items()):
@@ -82,4 +82,6 @@ def _finish(axes: Axes, title: str, *, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED)
     axes.grid(color=GRID, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=FONT_SIZE)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=FONT_SIZE)

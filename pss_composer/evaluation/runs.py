@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,10 +61,12 @@ def load_run(folder: str | Path) -> Run:
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """`load_run` for several folders; runs of the same name are called by their folders."""
+    """`load_run` for several folders; if two runs have one name, all are called by their folders."""
     runs = [load_run(folder) for folder in folders]
-    counts = Counter(run.name for run in runs)
-    return [run if counts[run.name] == 1 else replace(run, name=str(run.folder)) for run in runs]
+    if len({run.name for run in runs}) < len(runs):
+        parent = os.path.commonpath([run.folder.absolute().parent for run in runs])
+        runs = [replace(run, name=os.path.relpath(run.folder, parent)) for run in runs]
+    return runs
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
