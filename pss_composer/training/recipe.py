@@ -131,9 +131,9 @@ class MixingSettings:
             ("cutmix_alpha", 0 <= self.cutmix_alpha < math.inf, "must be at least 0 and finite"),
             ("switch_prob", 0 <= self.switch_prob <= 1, "must be in [0, 1]"),
         )
-        return errors or find_broken(
-            self, ("mixup_alpha", self.mixup_alpha > 0 or self.cutmix_alpha > 0, "or cutmix_alpha must be above 0")
-        )
+        if self.mixup_alpha == self.cutmix_alpha == 0:
+            errors.append(InputError("or cutmix_alpha must be above 0, got 0 and 0", key="mixup_alpha"))
+        return errors
 
 
 @dataclass

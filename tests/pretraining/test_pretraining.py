@@ -357,7 +357,7 @@ def test_masks_follow_seed_and_batch_alone(tmp_path):
 
 def test_another_rank_has_other_masks(tmp_path, monkeypatch):
     _, watch = pretrain(tmp_path, duration="1ba")
-    monkeypatch.setattr("pss_composer.masking.dist.get_global_rank", lambda: 1)
+    monkeypatch.setattr("pss_composer.pretraining.masking.dist.get_global_rank", lambda: 1)
     masking, state = PatchMasking(unit=16), SimpleNamespace(
         model=SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4))),
         batch=torch.zeros(4, 3, 32, 32), rank_zero_seed=3, timestamp=Timestamp(), eval_timestamp=None,
@@ -406,7 +406,7 @@ def start(model, *algorithms):
 
 
 def test_masking_is_for_simmim_alone_and_images_of_whole_units():
-    with pytest.raises(TypeError, match="PatchMasking is for models.SimMIM, got SimMIMClassifier"):
+    with pytest.raises(TypeError, match="PatchMasking is for pretraining.simmim.SimMIM, got SimMIMClassifier"):
         start(SimMIMClassifier(ViTShape("tiny", image_size=32, depth=1)), PatchMasking())
     with pytest.raises(ValueError, match="unit must be a multiple of the patch size 4 and divide .* 32 x 32, got 24"):
         start(small_model(1), PatchMasking(unit=24))

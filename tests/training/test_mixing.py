@@ -89,8 +89,8 @@ def test_repr_rebuilds(algorithm):
 
 @pytest.mark.parametrize(("arguments", "match"), [
     ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-    ({"mixup_alpha": -0.1}, "mixup_alpha must be at least 0, got -0.1"),
-    ({"cutmix_alpha": float("nan")}, "cutmix_alpha must be at least 0, got nan"),
+    ({"mixup_alpha": -0.1}, "mixup_alpha must be at least 0 and finite, got -0.1"),
+    ({"cutmix_alpha": float("nan")}, "cutmix_alpha must be at least 0 and finite, got nan"),
     ({"mixup_alpha": 0, "cutmix_alpha": 0}, "mixup_alpha or cutmix_alpha must be above 0, got 0 and 0"),
     ({"switch_prob": 1.5}, r"switch_prob must be in \[0, 1\], got 1.5"),
 ])
