@@ -1,4 +1,4 @@
-"""A DataLoader that tells in one line what went wrong in a worker, and counts what was skipped."""
+"""A DataLoader whose workers hand on what went wrong, its sampler, and how its place is found again."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from composer import Trainer
 from composer.utils import reproducibility
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pss_composer.errors import InputError, to_line
 
+if TYPE_CHECKING:
+    from composer import Trainer
+
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def name_dead_worker() -> Iterator[None]:
-    """Turns torch's error about a worker that was killed into an `InputError`.
+    """Turn torch's error about a worker that was killed into an `InputError`.
 
     torch raises it wherever the main process is when it hears of it, not only where a batch is asked for.
     """
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith("DataLoader worker"):  # torch has no class for it
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises it again with every worker that ends now
-        raise InputError(f"data.num_workers must be processes that stay alive, but a {to_line(error)}") from error
+        raise InputError(f"must be processes that stay alive, but a {to_line(error)}", key="num_workers") from error
 
 
 class Loader(DataLoader):
@@ -41,7 +43,7 @@ class Loader(DataLoader):
         num_skipped: Bad samples so far, over all epochs.
 
     Raises:
-        InputError: When iterated: a sample or shard is broken, in the worker's own words.
+        InputError: When iterated: the error that came in place of a batch.
     """
 
     num_skipped = 0
@@ -58,22 +60,20 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._failure is not None:
-            raise self._failure  # the other workers would wait for the one that has failed
-        try:
-            for images, labels, messages in super().__iter__():
-                self.num_skipped += len(messages)
-                for message in messages:
-                    log.warning("skipped: %s", message)
-                yield images, labels
-        except InputError as error:
-            # torch puts the worker's traceback into the message, which ends with that of the error itself
-            message = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-            self._failure = type(error)(message)
-            raise self._failure from error
+            raise self._failure
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                self._failure = batch
+                raise batch
+            images, labels, messages = batch
+            self.num_skipped += len(messages)
+            for message in messages:
+                log.warning("skipped: %s", message)
+            yield images, labels
 
 
 class EpochSampler(DistributedSampler):
-    """A DistributedSampler that yields (epoch, index, view): how else would a persistent worker know the epoch.
+    """A DistributedSampler that yields (epoch, index, view), for a worker that lives on does not know the epoch.
 
     Composer finds it by its base class and sets its epoch.
 

@@ -1,4 +1,4 @@
-"""From samples to a batch in a loader's worker, and from that to the model's input on the device."""
+"""What a loader's worker makes: samples and batches of them, or an error that goes to the main process in their place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.utils.data import default_collate
 
 from pss_composer.errors import InputError
 
-# image or None, label, and a message for each bad sample that was met on the way to this one
-Sample = tuple[Tensor | None, int, list[str]]
+# image or None, label, and a message for each bad sample that was met on the way to this one; or why there is none
+Sample = tuple[Tensor | None, int, list[str]] | InputError
 
 MAX_REPLACEMENTS = 100
 
@@ -25,16 +25,14 @@ def load_sample(
     """Load a sample, or do what is to be done about a bad one.
 
     Args:
-        load: Loads the image and label of an index, or raises `BadSample`.
+        load: Loads the image and label of an index, or raises `BadSample` or another `InputError`.
         index: Of the sample.
         num_samples: Of the data.
         on_bad_sample: `raise`; `replace` by the next sample that can be read, so that batches stay full; `leave_out`.
 
     Returns:
-        The sample, without an image where it is to be left out.
-
-    Raises:
-        BadSample: Under `raise`; or so many follow each other that the data must be broken.
+        The sample, without an image where it is to be left out. An error instead, for `Loader` to raise in the main
+        process: a bad sample under `raise`; so many in a row that the data must be broken; any other `InputError`.
     """
     messages: list[str] = []
     while True:
@@ -43,31 +41,36 @@ def load_sample(
             return image, label, messages
         except BadSample as error:
             if on_bad_sample == "raise":
-                raise
+                return error
             messages.append(str(error))
             if on_bad_sample == "leave_out":
                 return None, -1, messages
             if len(messages) > min(MAX_REPLACEMENTS, num_samples):
-                raise BadSample(f"data must hold samples that can be read, got {len(messages)} bad ones in a row, "
-                                f"the last: {error}") from None
+                return BadSample(f"data must hold samples that can be read, got {len(messages)} bad ones in a row, "
+                                 f"the last: {error}")
+        except InputError as error:
+            return error
 
 
 class Collate:
-    """Makes a batch of samples: images, labels (B,) int64, and the messages about bad ones.
+    """Makes a batch of samples: images, labels (B,) int64, and the messages about bad ones; or hands on an error.
 
     Args:
-        repeats: Views of an image that follow each other. They are dealt apart, since mixup and CutMix mix neighbours,
+        repeats: Views of an image that follow each other. They are placed apart, since mixup and CutMix mix neighbours,
             and an image is not to be mixed with itself.
     """
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
 
-    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[str]] | InputError:
+        for sample in samples:
+            if isinstance(sample, InputError):
+                return sample
         samples = [sample for first in range(self.repeats) for sample in samples[first::self.repeats]]
         messages = [message for *_, messages in samples for message in messages]
         good = [(image, label) for image, label, _ in samples if image is not None]
         if not good:
-            raise BadSample(f"data must hold an image that can be read in every batch, got none: {messages[0]}")
+            return BadSample(f"data must hold an image that can be read in every batch, got none: {messages[0]}")
         images, labels = default_collate(good)
         return images, labels, messages

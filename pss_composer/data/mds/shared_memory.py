@@ -1,118 +1,132 @@
-"""What streaming leaves in shared memory: of runs that were killed, and of datasets that are no longer used."""
+"""streaming's shared memory: who takes which number, and what is left of datasets that are no more.
+
+A dataset has a six-digit number. It is in the names of its segments (`000000_locals` and others) and of its locks, which
+are in the folder for temporary files.
+"""
 
 from __future__ import annotations
 
 import atexit
 import fcntl
+import functools
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 from weakref import finalize
 
 from composer.utils import dist
 from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
-from streaming.base.shared import SharedArray, SharedBarrier, SharedMemory, SharedScalar, prefix
+from streaming.base.shared import SharedMemory
 
 SHARED_MEMORY = Path("/dev/shm")
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
-NAME = re.compile(rf"(\d{{6}})_({'|'.join((*SHM_TO_CLEAN, *LOCKS))})")  # the dataset's number, and the use
+NAME = re.compile(rf"(\d{{6}})_({'|'.join((*SHM_TO_CLEAN, *LOCKS))})")
+log = logging.getLogger(__name__)
 
 
-def remove_stale_segments() -> None:
-    """Remove streaming's shared memory, and the locks in the folder for temporary files, of datasets that are no more.
+def clean_shared_memory() -> None:
+    """Remove streaming's shared memory and locks that no process of this user uses, and print what was removed.
 
-    A dataset whose process was killed keeps its number and its cache folder, and streaming refuses a second one on that
-    folder. streaming's own `clean_stale_shared_memory` also takes the memory of other runs that are alive.
+    Do not run this while another container with the same /dev/shm trains: its processes cannot be seen from here, and it
+    would lose the memory that it uses.
     """
-    if not SHARED_MEMORY.is_dir():
-        return
     with _locked():
-        leftovers = {}  # path -> number
-        for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
-            for path in folder.iterdir():
-                match = NAME.fullmatch(path.name)
-                with suppress(FileNotFoundError):  # another run ends
-                    if match and path.lstat().st_uid == os.getuid():
-                        leftovers[path] = match[1]
-        if leftovers:
-            in_use = _find_numbers_in_use()
-            for path, number in leftovers.items():
-                if number not in in_use:
-                    path.unlink(missing_ok=True)
-
-
-def free_when_dropped(dataset: StreamingDataset) -> list[SharedMemory]:
-    """Have the shared memory of a dataset freed as soon as nothing refers to the dataset any more.
-
-    streaming keeps it to the end of the process, with six open files, of which many systems allow a process 1024.
-
-    Returns:
-        What is freed then; a segment that is made later may be appended.
-    """
-    segments = _find_segments(dataset)
-    finalize(dataset, _free, segments, os.getpid()).atexit = False  # streaming's own do it there
-    return segments
-
-
-def _find_segments(dataset: StreamingDataset) -> list[SharedMemory]:
-    """The shared memory that a dataset uses."""
-    segments = []
-    for value in vars(dataset).values():
-        if isinstance(value, SharedBarrier):
-            value = value._arr
-        elif isinstance(value, SharedScalar):
-            value = value.arr
-        segment = value.shm if isinstance(value, SharedArray) else value
-        if isinstance(segment, SharedMemory):
-            segments.append(segment)
-    return segments
-
-
-def _free(segments: list[SharedMemory], process: int) -> None:
-    if process == os.getpid():  # a worker has a copy of the dataset
-        for segment in segments:
-            segment.cleanup()
-            atexit.unregister(segment.cleanup)  # another dataset may have the number by then
+        files = [*_find_files(SHARED_MEMORY), *_find_files(_temporary_folder())]
+        in_use = _find_numbers_in_use()
+        stale = [path for path in files if path.name[:6] not in in_use]
+        for path in stale:
+            path.unlink(missing_ok=True)
+            print(f"removed {path}")
+    print(f"{len(stale)} files removed, {len(files) - len(stale)} are in use")
 
 
 @contextmanager
 def taking_a_number() -> Iterator[None]:
-    """One run after another: streaming looks for a number that is free, and takes it a moment later.
-
-    For every process of a run around what makes a dataset; the others wait for the first one of their machine.
-    streaming looks by opening six files of each dataset that there is, and leaves them open; here they are closed.
-    """
+    """Around what makes a dataset, in every process of a run: one run after another takes a free number."""
     with _locked() if dist.get_local_rank() == 0 else nullcontext():
+        if dist.get_local_rank() == 0:
+            _lock_numbers()
         dist.barrier()
-        prefix.SharedMemory = _open_segment
-        try:
-            yield
-        finally:
-            prefix.SharedMemory = SharedMemory
+        yield
 
 
-def _open_segment(name: str, create: bool, size: int = 0) -> SharedMemory:
-    return SharedMemory(name, create, size, auto_cleanup=create)
+def _lock_numbers() -> None:
+    """Make a lock for each number of this user, where there is none: streaming then passes the number by.
+
+    It would open the segments of the others to see whether they are there, and leave them open.
+    """
+    numbers = {path.name[:6] for path in _find_files(SHARED_MEMORY)}
+    for number in numbers:
+        lock = _temporary_folder() / f"{number}_{BARRIER_FILELOCK}"
+        if not lock.exists():
+            lock.touch()
+    if numbers and (stale := numbers - _find_numbers_in_use()):
+        _name_stale(len(stale))
+
+
+@functools.cache  # once
+def _name_stale(count: int) -> None:
+    log.warning("%s holds the memory of %d datasets that no process here uses; if no other container uses it: "
+                "python -m pss_composer clean-shared-memory", SHARED_MEMORY, count)
+
+
+def free_when_dropped(dataset: StreamingDataset) -> None:
+    """Free the shared memory of a dataset when nothing refers to the dataset any more.
+
+    streaming keeps it to the end of the process, with six open files, of which many systems allow a process 1024.
+    """
+    finalize(dataset, _free, vars(dataset), os.getpid())
+
+
+def _free(attributes: Mapping[str, Any], process: int) -> None:
+    if process != os.getpid():  # a worker, which has a copy of the dataset
+        return
+    for segment in _find_segments(attributes):
+        segment.cleanup()
+        atexit.unregister(segment.cleanup)  # another dataset may have the number by then
+        for lock in LOCKS if dist.get_local_rank() == 0 else ():
+            (_temporary_folder() / f"{segment.shm.name[:6]}_{lock}").unlink(missing_ok=True)
+
+
+def _find_segments(attributes: Mapping[str, Any]) -> Iterator[SharedMemory]:
+    for value in attributes.values():
+        if isinstance(value, SharedMemory):
+            yield value
+        elif type(value).__module__.startswith("streaming.base.shared."):  # an array, a number or a barrier in one
+            yield from _find_segments(vars(value))
+
+
+def _find_files(folder: Path) -> Iterator[Path]:
+    """The segments or locks of this user."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(FileNotFoundError):  # another run ends
+            if NAME.fullmatch(path.name) and path.lstat().st_uid == os.getuid():
+                yield path
+
+
+def _find_numbers_in_use() -> set[str]:
+    """The numbers whose memory a process of this user has mapped; it has, from its first segment to its end."""
+    numbers = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone in the meantime, or another user's
+            maps = (process / "maps").read_text()
+            numbers.update(match[1] for match in re.finditer(rf"{SHARED_MEMORY}/{NAME.pattern}", maps))
+    return numbers
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    with Path(tempfile.gettempdir(), f"pss_composer.{os.getuid()}.lock").open("w") as file:
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else _temporary_folder()
+    with (folder / f"pss_composer.{os.getuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _find_numbers_in_use() -> set[str]:
-    """The numbers of the datasets that a process of this user has mapped; it has from its first segment to its end."""
-    numbers = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            maps = (process / "maps").read_text()
-        except OSError:  # gone in the meantime, or another user's
-            continue
-        numbers.update(match[1] for match in re.finditer(rf"{SHARED_MEMORY}/{NAME.pattern}", maps))
-    return numbers
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir())

@@ -1,219 +1,252 @@
-"""A folder of MDS shards, there or cached from a store: whole, verified, and told in one line where not."""
+"""A folder of MDS shards, there or cached from a store: whole, verified, every fault in one line."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import random
-import socket
+import logging
+import shutil
+import tempfile
 import threading
-import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from time import sleep
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import s3transfer.utils
+from composer.utils import dist
 from streaming import Stream
-from streaming.base import util
-from streaming.base.constant import DEFAULT_TIMEOUT
-from streaming.base.format.base.reader import Reader
+from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash
-from streaming.base.storage import CloudDownloader
-from streaming.base.world import World
+from streaming.base.storage import S3Downloader
 
 from pss_composer.errors import InputError, to_line
+from pss_composer.locks import FolderLock
 
-LOCK_FILE = ".used_by"
+if TYPE_CHECKING:
+    from streaming.base.format import Reader
+
+UNVERIFIED = "unverified"  # a cache's folder of files that are being fetched
+TIMEOUT = 60.0  # seconds, for a file
+log = logging.getLogger(__name__)
 
 
-class ShardStream(Stream):
-    """A Stream of pictures `x` and labels `y` that gives pictures as bytes, and fails in one line that names the shard.
+def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_retry: int) -> ShardStream:
+    """A stream of shards that are there or can be fetched; every process of a run calls this.
 
-    What comes from the store is held against the hashes of the index; a shard that is not whole is not kept.
+    A cache that holds every shard is read without the store where the store gives no index.
 
     Args:
-        folder: Folder of one split: of its shards, or their cache.
-        remote: URL of the split's folder in a store; None where the shards are in `folder`.
+        folder: Folder of one split, or its cache.
+        remote: URL of the split's folder in a store, or None.
+        is_limited: Shards will be removed from the cache.
         download_retry: How often a file is asked for.
 
     Raises:
-        InputError: There are no such shards.
+        InputError: There are no such shards, or not all; the store is unknown or gives no index; the folder is the cache
+            of another one, or another run uses it, or it cannot be written.
     """
-
-    def __init__(self, folder: Path, *, remote: str | None, download_retry: int) -> None:
-        self._connections = threading.local()
-        try:
-            super().__init__(remote=remote, local=str(folder), split="", download_retry=download_retry if remote else 1,
-                             download_timeout=DEFAULT_TIMEOUT, keep_zip=False)
-        except Exception as error:  # an unknown scheme, or a store's library that is not installed
-            raise InputError(f"data.remote must be a store that streaming reads: {_reason(error, remote)}") from error
-        self.folder = folder
-        _draw_apart()
-
-    @property
-    def _downloader(self) -> CloudDownloader:
-        """One for each thread: streaming closes its connection when a download fails, and opens it while in use."""
-        if not hasattr(self._connections, "downloader"):
-            self._connections.downloader = CloudDownloader.get(self.remote)
-        return self._connections.downloader
-
-    @_downloader.setter
-    def _downloader(self, downloader: CloudDownloader) -> None:
-        self._connections.downloader = downloader
-
-    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """The shards that the index names; it is fetched first where it is not there yet."""
-        if self.remote is None or (self.folder / "index.json").exists():
-            check_index(self.folder)
-        try:
-            shards = super().get_shards(world, allow_unsafe_types)
-        except Exception as error:  # what each store's library raises
-            raise InputError(f"data.remote must hold an index.json: {_reason(error, self.remote)}") from error
-        self._downloader.clean_up()  # workers are forked from here, and a connection does not survive that
-        check_index(self.folder)
-        for shard in shards:
-            column = shard.column_names.index("x")
-            if shard.column_encodings[column] in ("jpeg", "png"):
-                shard.column_encodings[column] = "bytes"  # streaming would have PIL open them
-        if self.remote is None:
-            _check_files(self.folder, shards)
-        elif world.is_local_leader:
-            _remove_broken_files(self.folder, shards)
-        return shards
-
-    def prepare_shard(self, shard: Reader) -> int:
-        """Fetch a shard, again if what came does not have the hash of the index."""
-        name = shard.file_pairs[0][0].basename
-        for _ in range(2):
-            try:
-                delta = super().prepare_shard(shard)
-            except Exception as error:  # what each store's library raises
-                key, rule = ("data.path", "keep") if self.remote is None else ("data.remote", "give")
-                if self.remote is not None:
-                    _remove_files(self.folder, shard)  # a packed one may be there, and not unpack
-                raise InputError(f"{key} must {rule} {name}: {_reason(error, self.remote)}") from error
-            if _is_whole(self.folder, shard):
-                return delta
-            _remove_files(self.folder, shard)  # else streaming would find it there the next time, and take it
-        reason = _reason("another", self.remote)
-        raise InputError(f"data.remote must give {name} with the hash that its index.json names: {reason}")
+    if remote is not None:
+        stream = ShardStream(folder, remote=remote, download_retry=download_retry)
+        if dist.get_local_rank() == 0:
+            stream.open_cache(is_limited=is_limited)
+        dist.barrier()
+        if is_limited or not _is_complete(folder):
+            return stream
+    _check_files(folder)
+    return ShardStream(folder)
 
 
-class CacheLock:
-    """Keeps other runs from a cache while this one uses it, until this object or the process ends, however it does.
+class ShardStream(Stream):
+    """A Stream of one split: its folder, or a store and the folder that caches it.
 
-    streaming counts what is in a cache by what it has fetched itself.
+    A shard from the store gets into the cache when its hashes are those of the index. Why a shard cannot be had goes to
+    `errors`; streaming fetches in threads and processes that would wait for one that raises.
 
     Args:
-        folder: The cache; it is made where it is not there.
+        folder: Folder of the shards, or their cache.
+        remote: URL of the split's folder in a store; None where the shards are in `folder`.
+        download_retry: How often a file is asked for.
 
     Attributes:
-        release: Gives the cache up before that.
+        errors: By the name of a shard's file.
+        lock: Keeps other runs from the cache while this one may fetch, in the first process of a machine.
 
     Raises:
-        InputError: Another run holds it.
+        InputError: streaming does not know the store, or the store's library is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, remote: str | None = None, download_retry: int = 1) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(f"data.local must be a folder that can be written, got {str(folder)!r}: {error}") from None
-        self.release = weakref.finalize(self, os.close, file)
+            super().__init__(remote=remote, local=str(folder), download_retry=download_retry, keep_zip=False)
+        except Exception as error:  # whatever a store's library raises
+            raise InputError(f"must be a store that streaming reads: {_reason(error, remote)}", key="remote") from error
+        if isinstance(self._downloader, S3Downloader):
+            self._downloader = _S3Downloader()
+        self.folder = folder
+        self.errors: dict[str, InputError] = {}
+        self.lock: FolderLock | None = None
+        self._one_at_a_time = threading.Lock()  # a downloader is not made for several threads
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Fetch or unpack a shard; streaming asks for one whose file is missing.
+
+        Returns:
+            How many bytes the cache has grown.
+        """
+        raw, _ = shard.file_pairs[0]
+        with self._one_at_a_time:
+            if raw.basename in self.errors:
+                return 0
+            try:
+                if self.remote is None:
+                    return super().prepare_shard(shard)
+                self._ask(partial(self._fetch, shard), raw.basename, self.download_retry)
+                return raw.bytes
+            except InputError as error:
+                self.errors[raw.basename] = error
+            except Exception as error:
+                rule = f"must keep {raw.basename} in {str(self.folder)!r}: {to_line(error)}"
+                self.errors[raw.basename] = InputError(rule, key="path")
+        return 0
+
+    def open_cache(self, *, is_limited: bool) -> None:
+        """Make the folder the cache of the store, for this run alone if it has to fetch; see `open_stream`."""
+        path = self.folder / "index.json"
+        is_complete = not is_limited and _is_complete(self.folder)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(file, 1000).decode() or "another process"
-            self.release()
-            message = f"data.local must be a cache for one run at a time, {str(folder)!r} is used by {owner}"
-            raise InputError(message) from None
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            index = self._fetch_index(1 if is_complete else self.download_retry)
+        except InputError as error:
+            if not is_complete:
+                raise
+            log.warning("%s; read from %s alone, which holds all shards", error, self.folder)
+            return
+        shards = _read_index(index, "remote", hide_password(self.remote))
+        if not is_complete:
+            self.lock = FolderLock(self.folder, key="local")
+        try:
+            if not path.exists():
+                path.with_suffix(".part").write_text(index)
+                path.with_suffix(".part").replace(path)
+            elif _read_index(path.read_text(), "local", repr(str(self.folder))) != shards:
+                raise InputError(f"must be a cache of remote, but {str(path)!r} is another than that of "
+                                 f"{hide_password(self.remote)}", key="local")
+            if not is_complete:
+                self._remove_leftovers(shards)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other runs use the cache."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def _remove_leftovers(self, shards: list[dict[str, Any]]) -> None:
+        """Remove what a killed run left: files that were being fetched, and shards of a wrong size."""
+        shutil.rmtree(self.folder / UNVERIFIED, ignore_errors=True)
+        sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
+        for path in self.folder.glob("shard.*"):
+            if path.stat().st_size != sizes.get(path.name):
+                path.unlink()
+
+    def _fetch(self, shard: Reader) -> None:
+        raw, packed = shard.file_pairs[0]
+        info = packed or raw
+        path = self.folder / UNVERIFIED / info.basename
+        try:
+            self._downloader.download(f"{self.remote}/{info.basename}", str(path), TIMEOUT)
+            data = path.read_bytes()
+            for algorithm, expected in info.hashes.items():
+                if get_hash(algorithm, data) != expected:
+                    raise ValueError(f"another {algorithm} than that of the index.json")
+            if packed is not None:
+                path.write_bytes(decompress(shard.compression, data))
+            path.replace(self.folder / raw.basename)
+        finally:
+            path.unlink(missing_ok=True)  # streaming would take a part for the whole
+
+    def _fetch_index(self, num_attempts: int) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index.json")
+            fetch = partial(self._downloader.download, f"{self.remote}/index.json", str(path), TIMEOUT)
+            self._ask(fetch, "index.json", num_attempts)
+            self._downloader.clean_up()  # workers are forked from here, and a connection does not survive that
+            return path.read_text()
+
+    def _ask(self, fetch: Callable[[], None], name: str, num_attempts: int) -> None:
+        """Ask the store for a file, and again where that fails; once more where the file is broken."""
+        for attempt in range(num_attempts):
+            try:
+                return fetch()
+            except Exception as error:  # whatever a store's library raises
+                self._downloader.clean_up()
+                if attempt + 1 == num_attempts or (attempt == 1 and isinstance(error, ValueError)):
+                    raise InputError(f"must give {name}: {_reason(error, self.remote)}", key="remote") from error
+                sleep(2**attempt)
 
 
-def check_index(folder: Path) -> None:
-    """The index of a split must name shards with samples, in the columns x and y.
+class _S3Downloader(S3Downloader):
+    """Draws nothing from Python's global generator; the main thread may be drawing a transform from it at that moment.
 
-    Raises:
-        InputError: It does not.
+    boto3's `download_file` draws the name of an unfinished file.
     """
-    index_path = folder / "index.json"
-    if not index_path.is_file():
-        raise InputError(f"data.path must hold MDS shards, got no index.json in {str(folder)!r}")
+
+    def _create_s3_client(self, unsigned: bool = False, timeout: float = TIMEOUT) -> None:
+        super()._create_s3_client(unsigned=unsigned, timeout=timeout)
+        self._s3_client.download_file = partial(_download_file, self._s3_client)
+
+
+def _download_file(client: Any, bucket: str, key: str, path: str, **options: Any) -> None:
+    with open(path, "wb") as file:
+        client.download_fileobj(bucket, key, file, **options)
+
+
+def _read_index(text: str, key: str, place: str) -> list[dict[str, Any]]:
+    """The shards that an index.json names: MDS, at least one sample, with the columns x and y."""
     try:
-        shards = json.loads(index_path.read_text())["shards"]
+        shards = json.loads(text)["shards"]
         columns = {column for shard in shards for column in shard["column_names"]}
         num_samples = sum(shard["samples"] for shard in shards)
     except (ValueError, KeyError, TypeError):
-        message = f"data.path must hold MDS shards, got an index.json that names none in {str(folder)!r}"
-        raise InputError(message) from None
+        raise InputError(f"must hold MDS shards, got an index.json that names none in {place}", key=key) from None
     if num_samples == 0:
-        raise InputError(f"data.path must hold at least one image, got none in {str(folder)!r}")
+        raise InputError(f"must hold at least one image, got none in {place}", key=key)
     if not {"x", "y"} <= columns:
-        raise InputError(f"data.path must hold the columns x and y, got {sorted(columns)} in {str(folder)!r}")
+        raise InputError(f"must hold the columns x and y, got {sorted(columns)} in {place}", key=key)
+    return shards
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a cache holds all of its shards, so that nothing needs to be fetched."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a cache holds every shard of its index, so that nothing needs to be fetched."""
     try:
-        shards = json.loads((folder / "index.json").read_text())["shards"]
-        files = [shard["raw_data"] for shard in shards]
+        files = [shard["raw_data"] for shard in json.loads((folder / "index.json").read_text())["shards"]]
         return all((folder / file["basename"]).stat().st_size == file["bytes"] for file in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _check_files(folder: Path) -> None:
+    """Every shard of the index must be there, packed or not, and of the right size."""
+    index = folder / "index.json"
+    if not index.is_file():
+        raise InputError(f"must hold MDS shards, got no index.json in {str(folder)!r}", key="path")
+    for shard in _read_index(index.read_text(), "path", repr(str(folder))):
+        raw, packed = shard["raw_data"], shard.get("zip_data")
+        info = raw if packed is None or (folder / raw["basename"]).exists() else packed
+        path = folder / info["basename"]
+        if not path.exists():
+            raise InputError(f"must hold every shard of its index.json, got no {str(path)!r}", key="path")
+        if (num_bytes := path.stat().st_size) != info["bytes"]:
+            raise InputError(f"must hold whole shards, got {num_bytes} bytes instead of {info['bytes']} in {str(path)!r}",
+                             key="path")
+
+
+def _reason(error: Exception, remote: str | None) -> str:
+    return f"got {to_line(error).replace(remote, hide_password(remote))!r} from {hide_password(remote)}"
 
 
 def hide_password(url: str) -> str:
     """The URL without its password, for messages."""
     password = urlsplit(url).password
     return url.replace(f":{password}@", ":***@", 1) if password else url
-
-
-def _draw_apart() -> None:
-    """Let fetching draw the names of unfinished files, and waits, from another generator than training does."""
-    util.random = s3transfer.utils.random = random.Random()
-
-
-def _reason(error: Exception | str, remote: str | None) -> str:
-    reason = to_line(error) if isinstance(error, Exception) else error
-    if remote is None:
-        return reason
-    return f"got {reason.replace(remote, hide_password(remote))!r} from {hide_password(remote)}"
-
-
-def _check_files(folder: Path, shards: list[Reader]) -> None:
-    for shard in shards:
-        raw, packed = shard.file_pairs[0]
-        info = raw if packed is None or (folder / raw.basename).exists() else packed
-        path = folder / info.basename
-        if not path.exists():
-            raise InputError(f"data.path must hold every shard of its index.json, got no {str(path)!r}")
-        num_bytes = path.stat().st_size
-        if num_bytes != info.bytes:
-            raise InputError(
-                f"data.path must hold whole shards, got {num_bytes} bytes instead of {info.bytes} in {str(path)!r}"
-            )
-
-
-def _remove_broken_files(folder: Path, shards: list[Reader]) -> None:
-    """Remove what a killed run left in its cache: shards of a wrong size, and downloads that did not end."""
-    sizes = {info.basename: info.bytes for shard in shards for pair in shard.file_pairs for info in pair if info}
-    for path in folder.iterdir():
-        if path.name.startswith("shard.") and path.stat().st_size != sizes.get(path.name):
-            path.unlink()
-
-
-def _is_whole(folder: Path, shard: Reader) -> bool:
-    """Whether a shard that was fetched has the first of the hashes that the index has of it."""
-    info = shard.file_pairs[0][0]
-    for algorithm, expected in info.hashes.items():
-        return get_hash(algorithm, (folder / info.basename).read_bytes()) == expected
-    return True
-
-
-def _remove_files(folder: Path, shard: Reader) -> None:
-    for pair in shard.file_pairs:
-        for info in pair:
-            if info is not None:
-                (folder / info.basename).unlink(missing_ok=True)
