@@ -161,7 +161,8 @@ class FastTraining:
         if weights is None:
             return random.choices(operations, k=self.rand_augment.num_layers)
         generator = np.random.default_rng(random.getrandbits(64))
-        return generator.choice(operations, self.rand_augment.num_layers, replace=False, p=weights)
+        chosen = generator.choice(len(operations), self.rand_augment.num_layers, replace=False, p=weights)
+        return [operations[index] for index in chosen]
 
     def _jitter(self, image: Image.Image) -> Image.Image:
         """As torchvision's ColorJitter does: three adjustments by random factors, in random order."""
