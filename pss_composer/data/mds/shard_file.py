@@ -70,7 +70,7 @@ def read_shard(shard: MDSReader, file: Path, workspace: Path) -> list[tuple[byte
             if found != expected:
                 raise BadShard(f"must have the {algorithm} hash {expected}, got {found}")
         if shard.zip_data:
-            data, file = decompress(shard.compression, data), workspace / "unpacked.mds"
+            data, file = _unpack(shard.compression, data), workspace / "unpacked.mds"
             file.write_bytes(data)
         shard.dirname, shard.raw_data.basename = str(file.parent), file.name
         return list(_read_samples(shard, data))
@@ -78,6 +78,13 @@ def read_shard(shard: MDSReader, file: Path, workspace: Path) -> list[tuple[byte
         raise
     except (ValueError, IndexError) as error:
         raise BadShard(f"must be MDS, got {to_line(error)}") from None
+
+
+def _unpack(compression: str, data: bytes) -> bytes:
+    try:
+        return decompress(compression, data)
+    except Exception as error:  # the libraries have no common class
+        raise BadShard(f"must unpack, got {to_line(error)}") from None
 
 
 def _read_samples(shard: MDSReader, data: bytes) -> Iterator[tuple[bytes, int]]:

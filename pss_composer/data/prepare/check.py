@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-from streaming.base.compression import decompress
-from streaming.base.format.mds.encodings import mds_decode
-from streaming.base.format.mds.reader import MDSReader
-from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 from pss_composer.data.augmentation.decoding import decode_tensor
+from pss_composer.data.mds.shard_file import BadShard, find_decoder, read_index, read_shard
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS
 from pss_composer.data.prepare.stores import Store, open_store
 from pss_composer.errors import InputError, to_line
-
-
-class BadShard(ValueError):
-    """What is wrong with a shard, in one line."""
 
 
 def check_data(path: str, *, samples_per_shard: int = 8) -> int:
@@ -62,9 +53,9 @@ def check_data(path: str, *, samples_per_shard: int = 8) -> int:
 def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per_shard: int) -> list[str]:
     """Print what a split holds, and return its problems."""
     try:
-        shards = _read_index(index)
+        shards = read_index(index)
     except BadShard as error:
-        return [str(error)]
+        return [f"index.json: {error}"]
     problems, classes, counts = [], None, Counter()
     data = store.read(f"{folder}classes.json")
     if data is not None:
@@ -74,9 +65,11 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
             problems.append("classes.json: must be a list of names")
     for shard in tqdm(shards, desc=name, unit=" shards", disable=None):
         basename = (shard.zip_data or shard.raw_data).basename
-        decode = _find_decoder(shard)
+        decode = find_decoder(shard, decode_tensor)
         try:
-            samples = _read_shard(store, folder, shard)
+            with TemporaryDirectory() as workspace:
+                file = _fetch(store, f"{folder}{basename}", Path(workspace))
+                samples = read_shard(shard, file, Path(workspace))
         except BadShard as error:
             problems.append(f"{basename}: {error}")
             continue
@@ -85,7 +78,8 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
             if label < 0 or (classes is not None and label >= len(classes)):
                 rule = "at least 0" if classes is None else f"in [0, {len(classes)})"
                 problems.append(f"{basename} sample {number}: label must be {rule}, got {label}")
-        for number in _spread(len(samples), samples_per_shard):
+        num_decoded = min(len(samples), samples_per_shard)
+        for number in np.linspace(0, len(samples) - 1, num_decoded).round().astype(int):
             try:
                 decode(samples[number][0])
             except Exception as error:  # the decoders of other encodings than JPEG have no common class
@@ -96,77 +90,11 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
     return problems
 
 
-def _read_index(data: bytes) -> list[MDSReader]:
-    try:
-        shards = [MDSReader.from_json("", None, shard) for shard in json.loads(data)["shards"]]
-        for shard in shards:
-            shard.validate(allow_unsafe_types=False)
-            columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-            if "x" not in columns or columns.get("y") != "int":
-                raise BadShard(f"index.json: must name MDS shards with the columns x and y (int), got {columns}")
-            for info in (shard.raw_data, shard.zip_data or shard.raw_data):
-                str(info.basename), int(info.bytes), dict(info.hashes)
-            int(shard.samples), list(shard.column_sizes)
-    except BadShard:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"index.json: must be the index of MDS shards, got a broken one ({to_line(error)})"
-        raise BadShard(message) from None
-    return shards
-
-
-def _find_decoder(shard: MDSReader) -> Callable[[bytes], Any]:
-    encoding = shard.column_encodings[shard.column_names.index("x")]
-    return decode_tensor if encoding in ("jpeg", "png") else lambda data: mds_decode(encoding, data)
-
-
-def _read_shard(store: Store, folder: str, shard: MDSReader) -> list[tuple[bytes, int]]:
-    """The encoded picture and the label of every sample."""
-    info = shard.zip_data or shard.raw_data
-    with TemporaryDirectory() as workspace:
-        name = f"{folder}{info.basename}"
-        file = store.retry(lambda: store.fetch(name, Path(workspace)), f"must be readable for {name}")
-        if file is None:
-            raise BadShard("must be there, but is missing")
-        data = file.read_bytes()
-        if len(data) != info.bytes:
-            raise BadShard(f"must have {info.bytes} bytes, got {len(data)}")
-        for algorithm, expected in info.hashes.items():
-            found = get_hash(algorithm, data)
-            if found != expected:
-                raise BadShard(f"must have the {algorithm} hash {expected}, got {found}")
-        if shard.zip_data:
-            data, file = decompress(shard.compression, data), Path(workspace, "raw")
-            file.write_bytes(data)
-        shard.dirname, shard.raw_data.basename = str(file.parent), file.name
-        try:
-            return list(_read_samples(shard, data))
-        except (ValueError, IndexError) as error:
-            raise error if isinstance(error, BadShard) else BadShard(f"must be MDS, got {to_line(error)}") from None
-
-
-def _read_samples(shard: MDSReader, data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Read with streaming's reader, which trusts the numbers in the file."""
-    num_samples = int.from_bytes(data[:4], "little")
-    if num_samples != shard.samples:
-        raise BadShard(f"must hold the {shard.samples} samples of index.json, got {num_samples}")
-    offsets = np.frombuffer(data, np.uint32, num_samples + 1, offset=4).astype(np.int64)
-    sizes = np.diff(offsets)
-    if offsets[-1] != len(data) or offsets[0] < 4 * (num_samples + 2) or np.any(sizes < 0):
-        raise BadShard("must be MDS, but its samples overlap or end elsewhere than the file")
-    shard.column_encodings = ["bytes"] * len(shard.column_names)
-    num_variable = sum(not size for size in shard.column_sizes)
-    for number, size in enumerate(sizes):
-        sample = shard[number]
-        if sum(map(len, sample.values())) + 4 * num_variable != size:
-            raise BadShard(f"must be MDS, but the columns of sample {number} do not fill it")
-        yield sample["x"], int(mds_decode("int", sample["y"]))
-
-
-def _spread(num_samples: int, num_chosen: int) -> list[int]:
-    if num_samples == 0 or num_chosen == 0:
-        return []
-    return sorted({round(number) for number in np.linspace(0, num_samples - 1, min(num_samples, num_chosen))})
+def _fetch(store: Store, name: str, folder: Path) -> Path:
+    file = store.retry(lambda: store.fetch(name, folder), f"must be readable for {name}")
+    if file is None:
+        raise BadShard("must be there, but is missing")
+    return file
 
 
 def _describe_classes(counts: Counter[int], classes: list[str] | None) -> str:

@@ -15,21 +15,18 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-
-from streaming.base.util import bytes_to_int
 
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
-from pss_composer.data.prepare.shards import Job, Settings, run_workers, write_json
+from pss_composer.data.prepare.settings import ConversionSettings
+from pss_composer.data.prepare.shards import Job, run_workers, write_json
 from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store, open_store
 from pss_composer.errors import InputError, raise_errors
 from pss_composer.locks import FolderLock
 
 FORMAT = 1  # another number makes other shards of the same images
 SHUFFLE_SEED = 0
-MAX_SHARD_SIZE = 2**30  # MDS counts bytes with 32 bits
 OWN_NAMES = re.compile(r"\.parts|(plan|classes|index)\.json|shard\.\d{5,}\.mds")
 
 
@@ -64,7 +61,8 @@ def convert_images(
     """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    settings = _read_settings(shortest_side, quality, shard_size, num_workers)
+    settings = ConversionSettings(shortest_side, quality, shard_size, num_workers, is_strict)
+    raise_errors(settings.check())
     with closing(open_store(out, key="out", is_written=True)) as store:
         splits = find_splits(source, ground_truth, _read_classes(store))
         for name in _list_folder(store, ""):
@@ -83,9 +81,8 @@ def convert_images(
             with _open_split(store, split.name) as lock:
                 # what another conversion did in the meantime counts
                 is_resumed = _find_state(store, split.name, fingerprint) != "new"
-                shards = plan_shards(split, settings.shard_size)
-                job = Job(store, split, shards, settings, fingerprint, is_resumed, is_strict, lock)
-                _convert_split(job, num_workers)
+                shards = plan_shards(split, settings.shard_bytes)
+                _convert_split(Job(store, split, shards, settings, fingerprint, is_resumed, lock))
 
 
 def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
@@ -111,26 +108,6 @@ def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
     return shards
 
 
-def _read_settings(shortest_side: int | None, quality: int, shard_size: str | int, num_workers: int) -> Settings:
-    errors = []
-    if shortest_side is not None and shortest_side < 1:
-        errors.append(InputError(f"must be at least 1 pixel, got {shortest_side}", key="shortest_side"))
-    if not 1 <= quality <= 100:
-        errors.append(InputError(f"must be in [1, 100], got {quality}", key="quality"))
-    num_bytes = 0
-    try:
-        num_bytes = bytes_to_int(shard_size)
-    except ValueError:
-        errors.append(InputError(f"must be a number of bytes like 64mb, got {shard_size!r}", key="shard_size"))
-    else:
-        if not 1 <= num_bytes <= MAX_SHARD_SIZE:
-            errors.append(InputError(f"must be in [1, 1gb], got {shard_size!r}", key="shard_size"))
-    if num_workers < 1:
-        errors.append(InputError(f"must be at least 1, got {num_workers}", key="num_workers"))
-    raise_errors(errors)
-    return Settings(shortest_side, 0 if shortest_side is None else quality, num_bytes)
-
-
 def _read_classes(store: Store) -> dict[str, list[str]]:
     files = {split: store.read(f"{split}/classes.json") for split in SPLITS}
     try:
@@ -145,8 +122,8 @@ def _list_folder(store: Store, name: str) -> list[str]:
     return store.retry(lambda: store.list_folder(name), f"must be readable at {hide_password(store.url)}") or []
 
 
-def _fingerprint(split: Split, settings: Settings) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, split.name, split.classes, asdict(settings)]).encode())
+def _fingerprint(split: Split, settings: ConversionSettings) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, split.name, split.classes, settings.describe_shards()]).encode())
     for image in split.images:
         digest.update(json.dumps(image).encode())
     return digest.hexdigest()
@@ -195,7 +172,7 @@ def _clear_parts(store: Store, name: str) -> None:
         shutil.rmtree(store.root / name / PARTS, ignore_errors=True)
 
 
-def _convert_split(job: Job, num_workers: int) -> None:
+def _convert_split(job: Job) -> None:
     store, split = job.store, job.split
     if not job.is_resumed:
         plan = {
@@ -203,7 +180,7 @@ def _convert_split(job: Job, num_workers: int) -> None:
             "source": str(split.folder.resolve()),
             "images": len(split.images),
             "shards": len(job.shards),
-            **asdict(job.settings),
+            **job.settings.describe_shards(),
         }
         write_json(store, f"{split.name}/plan.json", plan)
     write_json(store, f"{split.name}/classes.json", split.classes)
@@ -211,7 +188,7 @@ def _convert_split(job: Job, num_workers: int) -> None:
         print(f"{split.name}: {split.num_ignored:,} other files and folders ignored")
 
     store.close()  # two processes cannot use one connection
-    records = run_workers(job, min(num_workers, len(job.shards)))
+    records = run_workers(job)
     entries = [record["shard"] for record in records if record["shard"] is not None]
     if not entries:
         name, reason = records[0]["left_out"][0]

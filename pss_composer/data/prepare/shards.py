@@ -23,27 +23,13 @@ from tqdm import tqdm
 
 from pss_composer.data.augmentation.decoding import BadImage, decode_tensor
 from pss_composer.data.prepare.imagenet import SourceImage, Split
-from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store
+from pss_composer.data.prepare.settings import ConversionSettings
+from pss_composer.data.prepare.stores import PARTS, Store
 from pss_composer.errors import InputError
 from pss_composer.locks import FolderLock
 
 COLUMNS = {"x": "jpeg", "y": "int"}
 HASH = "xxh3_64"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides about the bytes of the shards.
-
-    Args:
-        shortest_side: Larger images are resized to this, in pixels; None leaves all as they are.
-        quality: Quality of the JPEGs that are resized, in [1, 100].
-        shard_size: Bytes of source files per shard.
-    """
-
-    shortest_side: int | None
-    quality: int
-    shard_size: int
 
 
 @dataclass
@@ -54,10 +40,9 @@ class Job:
         store: Where the shards go.
         split: The split.
         shards: The images of every shard.
-        settings: How the images are written.
+        settings: How they are written.
         fingerprint: Identifies the conversion, in every record.
         is_resumed: Some shards may be there already.
-        is_strict: The first image that does not decode is an error.
         lock: Keeps other conversions out of the split; None for a remote store.
 
     Attributes:
@@ -68,10 +53,9 @@ class Job:
     store: Store
     split: Split
     shards: list[list[SourceImage]]
-    settings: Settings
+    settings: ConversionSettings
     fingerprint: str
     is_resumed: bool
-    is_strict: bool
     lock: FolderLock | None
 
     def __post_init__(self) -> None:
@@ -79,8 +63,13 @@ class Job:
         self.is_stopped = multiprocessing.RawValue(ctypes.c_bool, False)
 
 
-def run_workers(job: Job, num_workers: int) -> list[dict[str, Any]]:
-    """Have all shards written, and return their records in order."""
+def run_workers(job: Job) -> list[dict[str, Any]]:
+    """Have all shards written, and return their records in order.
+
+    Raises:
+        InputError: An image cannot be read, or under `is_strict` not decoded, the store fails, or a worker dies.
+    """
+    num_workers = min(job.settings.num_workers, len(job.shards))
     context = multiprocessing.get_context("fork")  # a worker that starts afresh imports torch for seconds
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
@@ -104,15 +93,18 @@ def write_json(store: Store, name: str, value: Any) -> None:
 
 
 def _show_progress(futures: list[Future], job: Job) -> None:
-    """Draw the progress bar until all shards are done or one has failed."""
+    """Draw the progress bar until all shards are done, or until one fails."""
     pending = set(futures)
     with tqdm(total=len(job.split.images), desc=job.split.name, unit=" images", smoothing=0, disable=None) as bar:
         bar.initial = 0  # a disabled one has no such attribute
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for record in (future.result() for future in done):
-                if record["was_there"]:
-                    bar.initial += record["num_images"]  # they say nothing about the speed
+                bar.initial += record["num_skipped"]  # they say nothing about the speed
+                if record["left_out"] and job.settings.is_strict:
+                    name, reason = record["left_out"][0]
+                    raise InputError(f"allows only images that decode, got {job.split.folder / name}: {reason}",
+                                     key="is_strict")
             bar.update(sum(job.num_done) - bar.n)
 
 
@@ -142,46 +134,37 @@ def _write_shard(number: int) -> dict[str, Any] | None:
 
     A shard that is already there is left alone. None if the conversion was stopped.
     """
-    job, basename = _job, f"shard.{number:05}.mds"
-    images = job.shards[number]
-    name, record_name = f"{job.split.name}/{basename}", f"{job.split.name}/{PARTS}/shard.{number:05}.json"
+    job, images = _job, _job.shards[number]
+    name = f"{job.split.name}/shard.{number:05}.mds"
+    record_name = f"{job.split.name}/{PARTS}/shard.{number:05}.json"
     record = _read_record(job, name, record_name) if job.is_resumed else None
-    was_there = record is not None
-    if record is None:
-        samples, left_out = [], []
-        for image in images:
-            if job.is_stopped.value:
-                return None
-            try:
-                samples.append({"x": _read_image(job.split.folder, image, job.settings), "y": image.label})
-            except BadImage as error:
-                left_out.append((image.name, str(error)))
-                if job.is_strict:
-                    break
-            job.num_done[number] += 1
-        if not (left_out and job.is_strict):
-            entry = job.store.retry(lambda: _store_shard(job, name, samples), f"must take {name}")
-            record = {"fingerprint": job.fingerprint, "shard": entry, "left_out": left_out}
-            write_json(job.store, record_name, record)
-    else:
-        left_out = record["left_out"]
+    if record is not None:
         job.num_done[number] = len(images)
-    if left_out and job.is_strict:
-        image_name, reason = left_out[0]
-        raise InputError(f"allows only images that decode, got {job.split.folder / image_name}: {reason}",
-                         key="is_strict")
-    return record | {"was_there": was_there, "num_images": len(images)}
+        return record | {"num_skipped": len(images)}
+    samples, left_out = [], []
+    for image in images:
+        if job.is_stopped.value:
+            return None
+        try:
+            samples.append({"x": _read_image(job.split.folder, image, job.settings), "y": image.label})
+        except BadImage as error:
+            left_out.append((image.name, str(error)))
+        job.num_done[number] += 1
+    entry = job.store.retry(lambda: _store_shard(job, name, samples), f"must take {name}")
+    record = {"fingerprint": job.fingerprint, "shard": entry, "left_out": left_out}
+    write_json(job.store, record_name, record)
+    return record | {"num_skipped": 0}
 
 
 def _read_record(job: Job, name: str, record_name: str) -> dict[str, Any] | None:
+    """The record of a shard that is there."""
     try:
         record = json.loads(job.store.read(record_name) or b"null")
         if record is None or record["fingerprint"] != job.fingerprint:
             return None
-        if record["shard"] is not None and not isinstance(job.store, RemoteStore):  # which does not lose files
-            path = job.store.root / name
-            if not path.is_file() or path.stat().st_size != record["shard"]["raw_data"]["bytes"]:
-                return None
+        entry = record["shard"]
+        if entry is not None and not job.store.has_size(name, entry["raw_data"]["bytes"]):
+            return None
     except (ValueError, KeyError, TypeError):
         return None  # after a power cut
     return record
@@ -205,7 +188,7 @@ def _store_shard(job: Job, name: str, samples: list[dict[str, Any]]) -> dict[str
     return entry
 
 
-def _read_image(folder: Path, image: SourceImage, settings: Settings) -> bytes:
+def _read_image(folder: Path, image: SourceImage, settings: ConversionSettings) -> bytes:
     """The bytes for the shard of an image that decodes."""
     path = folder / image.name
     try:

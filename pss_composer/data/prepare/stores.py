@@ -47,6 +47,10 @@ class Store:
         """The sorted names of files and folders in a folder; None if the store cannot list them."""
         return sorted(os.listdir(self.root / name)) if (self.root / name).exists() else []
 
+    def has_size(self, name: str, num_bytes: int) -> bool:
+        """Whether a file that was put here is still whole; after a power cut it may not be."""
+        return (self.root / name).is_file() and (self.root / name).stat().st_size == num_bytes
+
     def open_workspace(self, split: str) -> tempfile.TemporaryDirectory:
         """A temporary folder for what `put` moves to a split."""
         return tempfile.TemporaryDirectory(dir=self.root / split / PARTS)  # a rename does not cross file systems
@@ -132,6 +136,9 @@ class RemoteStore(Store):
         prefix = posixpath.join(urlsplit(self.url).path.strip("/"), folder).strip("/") + "/"
         keys = [f"/{key.strip('/')}" for key in keys]
         return sorted({key[key.index(prefix) + len(prefix):].split("/")[0] for key in keys if prefix in key})
+
+    def has_size(self, name: str, num_bytes: int) -> bool:
+        return True  # a remote store does not lose what it has taken
 
     def open_workspace(self, split: str) -> tempfile.TemporaryDirectory:
         return tempfile.TemporaryDirectory(prefix="pss-convert-")

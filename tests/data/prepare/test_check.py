@@ -133,3 +133,12 @@ def test_check_finds_columns_that_do_not_fit(key, value, data, capsys):
     edit_index(data / "val", lambda shards: shards[0].update({key: value}))
     lines, code = check_and_read(capsys, data / "val")
     assert lines[1].startswith("val: shard.00000.mds: must be MDS, ") and lines[2] == "1 problem" and code == 1
+
+
+def test_check_finds_shards_that_do_not_unpack(tmp_path, capsys):
+    with MDSWriter(out=str(tmp_path / "val"), columns={"x": "jpeg", "y": "int"}, compression="zstd") as writer:
+        writer.write({"x": b"", "y": 0})
+    (packed,) = (tmp_path / "val").glob("*.zstd")
+    packed.write_bytes(flip(packed.read_bytes(), 0))
+    lines, code = check_and_read(capsys, tmp_path)
+    assert lines[1].startswith(f"val: {packed.name}: must unpack, got ") and code == 1

@@ -254,7 +254,7 @@ def test_files_and_folders_that_cannot_be_read(copied, tmp_path, monkeypatch):
     refused = copied / "val" / CLASSES[1]
 
     def scan_or_refuse(path):
-        if Path(path) == refused:
+        if path == refused:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return scandir(path)
 
