@@ -49,7 +49,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
         shade = tuple(1 - (0.25 + 0.75 * keep_rate) * (1 - value) for value in (0.0, 0.16, 0.42))
         losses_at.plot(*_split(means), ".-", color=shade, label=f"ρ = {keep_rate}")
     _finish(losses_at, f"{run.name}: training loss at each keep rate, mean over an epoch", ylabel="loss")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def mean_losses(lines: Sequence[Mapping[str, Any]]) -> dict[float, dict[int, float]]:

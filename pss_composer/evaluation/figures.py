@@ -44,4 +44,4 @@ def make_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise InputError("pictures need matplotlib: pip install 'pss-composer[report]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")

@@ -129,7 +129,8 @@ def _draw_tiles(rows: Sequence[_Row], title: str, path: str | Path) -> None:
             axis.set_xlabel(caption, fontsize=FONT_SIZE - 1, labelpad=2, color=WRONG if is_wrong else INK)
         row_axes[0].set_ylabel(row.label, color=INK, fontsize=FONT_SIZE)
     figure.suptitle(title, fontsize=FONT_SIZE, color=INK)
-    figure.savefig(path, dpi=150)
+    figure.draw_without_rendering()  # the layout needs a second pass, or the lowest captions are cut off
+    figure.savefig(path)
 
 
 def _caption(answer: int, label: int, names: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ def check_picture(path):
 
 def test_evaluate_prints_a_table(runs, capsys):
     main(["evaluate", str(runs / "digits"), "--keep-rates", "1", "0.5"])
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == ["keep", "---------", "1.0", "0.5", "---------", "training,", "training,"]
+    words = [row.split()[0] for row in capsys.readouterr().out.splitlines()]
+    assert words == ["keep", "---------", "1.0", "0.5", "---------", "training,", "training,"]
 
 
 def test_report_prints_a_table_and_draws_two_pictures(runs, tmp_path, capsys):

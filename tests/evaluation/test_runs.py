@@ -39,7 +39,7 @@ def test_folders_of_one_name_are_called_by_their_places(runs, tmp_path):
 def test_a_recipe_of_another_version_or_a_broken_one(recipe, runs, tmp_path):
     shutil.copytree(runs / "digits", tmp_path / "run", symlinks=True)
     (tmp_path / "run" / "recipe.yaml").write_text(recipe)
-    with pytest.raises(InputError, match=r"^run must hold a recipe of this version, .*recipe\.yaml is not one: [^\n]+$"):
+    with pytest.raises(InputError, match=r"^run must hold a recipe of this version, .*/recipe\.yaml is not one: .+$"):
         load_run(tmp_path / "run")
 
 
