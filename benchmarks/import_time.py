@@ -70,7 +70,7 @@ def main() -> None:
         builder = get_context("spawn").Process(target=build_files, args=(folder,))
         builder.start()
         builder.join()
-        runs = {"imports": [measure("-c", "import pss_composer.__main__") for _ in range(args.rounds)]}
+        runs = {"imports": [measure("-c", "import pss_composer.checkpoints.export") for _ in range(args.rounds)]}
         for file in TITLES:
             runs[file] = []
             for turn in range(args.rounds):

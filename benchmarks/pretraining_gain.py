@@ -14,8 +14,9 @@ from statistics import mean
 
 from benchmarks.step_time import describe_machine, positive_int, print_table
 from pss_composer.checkpoints import LATEST
-from pss_composer.evaluation.pictures import read_metrics, training_seconds
-from pss_composer.evaluation.runs import KEEP_RATES, evaluate_run, load_run
+from pss_composer.evaluation import KEEP_RATES
+from pss_composer.evaluation.measuring import evaluate_run
+from pss_composer.evaluation.runs import load_run, read_metrics, training_seconds
 from pss_composer.training.reading import load_recipe
 from pss_composer.training.trainer import train
 

@@ -27,7 +27,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
 from pss_composer import apply_patch_sampling
-from pss_composer.evaluation.runs import KEEP_RATES, count_flops
+from pss_composer.evaluation import KEEP_RATES
+from pss_composer.evaluation.measuring import count_flops
 from pss_composer.models.classifier import SIZES, vit_arguments
 from pss_composer.sampling import num_keep
 
