@@ -330,7 +330,10 @@ def test_repr_rebuilds_the_object(arguments):
     algorithm = PatchSamplingSchedule(**arguments)
     assert " at 0x" not in repr(algorithm)
     here = type("module", (), {"keep_half": staticmethod(keep_half), "keep_first": staticmethod(keep_first)})
-    rebuilt = eval(repr(algorithm), globals() | {__name__: here})
+    package, *names = __name__.split(".")
+    for name in reversed(names):
+        here = type("module", (), {name: here})
+    rebuilt = eval(repr(algorithm), globals() | {package: here})
     assert _is_the_same(rebuilt, algorithm) and repr(rebuilt) == repr(algorithm)
 
 

@@ -1,8 +1,9 @@
-"""What tests/test_distributed.py trains: on one process as a module, on several through Composer's launcher.
+"""What tests/training/test_distributed.py trains: on one process as a module, on several by Composer's launcher.
 
-    composer -n 2 tests/distributed_script.py FOLDER
+    composer -n 2 tests/support/distributed_script.py FOLDER
 
-writes FOLDER/CASE/RANK.json for every case: what the rank logged, and a digest of its weights.
+writes FOLDER/CASE/RANK.json for every case: what the rank logged, and a digest of its weights; of a recipe, the
+contents of its `metrics.jsonl`. One call for all cases: the processes import Composer once.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from composer.utils import FSDP2Config, dist, reproducibility
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pss_composer import PatchSamplingSchedule
+from pss_composer import PatchSamplingSchedule, cli
 from pss_composer.models.deit import DeiT
 from pss_composer.models.shape import ViTShape
 from pss_composer.models.simmim import SimMIMClassifier
@@ -40,6 +41,28 @@ PARALLELISMS = {
 }
 RESUMED = ("ddp", "fsdp2", "fsdp2_full")
 STOPS = ("ep0-ba3", "ep1-ba14")
+
+TINY = [
+    "data.name=synthetic", "data.path=null", "data.num_workers=0", "model.depth=2", "model.embed_dim=32",
+    "model.num_heads=2", "model.image_size=32", "model.patch_size=4", "train_batch_size=8", "eval_batch_size=8",
+    "scheduler.warmup=1ba", "progress_bar=false",
+]
+FINETUNE = ["yamls/deit_small_224_pss.yaml", *TINY, "data.num_samples=16", "model.num_classes=10", "max_duration=2ba",
+            "pss.schedule.cooldown=0ep", "autoresume=true"]
+PRETRAIN = [
+    "yamls/simmim_vitb_pretrain_pss.yaml", *TINY, "data.num_samples=32", "model.drop_path=0", "masking.unit=8",
+    "max_duration=4ba", "eval_interval=4ba", "optimizer.lr=5e-3",
+    # torch 2.7 sums FSDP2's gradients over processes where they talk by gloo (by NCCL it averages): Adam does not mind,
+    # clipping does
+    "gradient_clipping=null",
+]
+# two runs of one name are one run and its autoresume
+RECIPES = {
+    "finetune-fsdp2": [*FINETUNE, "parallelism=fsdp2"],
+    "pretrain-ddp": [*PRETRAIN, "parallelism=ddp"],
+    "pretrain-fsdp2": [*PRETRAIN, "parallelism=fsdp2"],
+    "pretrain-checkpointing": [*PRETRAIN, "parallelism=fsdp2", "activation_checkpointing=true", "microbatch_size=2"],
+}
 
 
 def build_dataspec(*, shuffle: bool) -> DataSpec:
@@ -107,15 +130,29 @@ def resume(name: str, parallelism: str, folder: Path) -> dict:
     return results
 
 
+def train_recipe(arguments: list[str], folder: Path, *, times: int = 1) -> dict:
+    """What stands in `metrics.jsonl` after each of several calls of one command."""
+    metrics = []
+    for _ in range(times):
+        cli.main(["train", *arguments, f"save_folder={folder}"])
+        dist.barrier()
+        metrics.append((folder / "metrics.jsonl").read_text())
+        dist.barrier()
+    return {"metrics": metrics}
+
+
 def main(folder: Path) -> None:
     cases = {f"compare-{name}-{parallelism}": lambda name=name, parallelism=parallelism: compare(name, parallelism)
              for name in MODELS for parallelism in PARALLELISMS}
     cases |= {f"resume-{name}-{parallelism}": lambda name=name, parallelism=parallelism: resume(
         name, parallelism, folder / f"checkpoints-{name}-{parallelism}") for name in MODELS for parallelism in RESUMED}
+    cases |= {name: lambda name=name, arguments=arguments: train_recipe(
+        arguments, folder / f"run-{name}", times=2 if "autoresume=true" in arguments else 1)
+        for name, arguments in RECIPES.items()}
     for case, train in cases.items():
         try:
             results = train()
-        except Exception:
+        except BaseException:
             results = {"error": traceback.format_exc()}
         file = folder / case / f"{dist.get_global_rank()}.json"
         file.parent.mkdir(exist_ok=True)

@@ -2,11 +2,13 @@
 
 import json
 
-import distributed_script
 import pytest
 import torch
-from support.distributed_script import MODELS, PARALLELISMS, RESUMED, STOPS
+from support import distributed_script
+from support.distributed_script import FINETUNE, MODELS, PARALLELISMS, RESUMED, STOPS
 from support.launch import launch
+from support.paths import ROOT
+from support.recipes import train_by_command as main
 
 from pss_composer.checkpoints.transfer import load_checkpoint
 from pss_composer.models.shape import ViTShape
@@ -22,7 +24,7 @@ CYCLE = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
 def two_processes(tmp_path_factory):
     """The results of a case on both ranks."""
     folder = tmp_path_factory.mktemp("two_processes")
-    launch("tests/distributed_script.py", str(folder), log=folder / "log.txt")
+    launch("tests/support/distributed_script.py", str(folder), log=folder / "log.txt")
 
     def read(case: str) -> list[dict]:
         ranks = [json.loads((folder / case / f"{rank}.json").read_text()) for rank in range(2)]
@@ -30,6 +32,7 @@ def two_processes(tmp_path_factory):
             assert "error" not in results, f"rank {rank}: {results['error']}"
         return ranks
 
+    read.folder = folder
     return read
 
 
@@ -70,54 +73,45 @@ def test_two_processes_resume_bit_for_bit(two_processes, name, parallelism, stop
         assert resumed["weights"] == straight["weights"]
 
 
-@pytest.mark.parametrize("overrides", [
-    ["parallelism=fsdp2"], ["parallelism=ddp", "activation_checkpointing=true", "microbatch_size=2"],
-], ids=["fsdp2", "ddp"])
-def test_a_recipe_on_two_processes_and_its_autoresume(tmp_path, overrides):
-    folder = tmp_path / "run"
-    command = [
-        "train.py", "yamls/deit_small_224_pss.yaml", "data.name=synthetic", "data.path=null", "data.num_workers=0",
-        "data.num_samples=16", "model.depth=2", "model.embed_dim=32", "model.num_heads=2", "model.image_size=32",
-        "model.patch_size=4", "model.num_classes=10", "train_batch_size=8", "eval_batch_size=8", "max_duration=2ba",
-        "scheduler.warmup=1ba", "pss.schedule.cooldown=0ep", "progress_bar=false", "autoresume=true",
-        f"save_folder={folder}", *overrides,
-    ]
-    launch(*command, log=tmp_path / "first.txt")
-    metrics = (folder / "metrics.jsonl").read_text()
+def check_finetuning(metrics):
     batches = [line for line in map(json.loads, metrics.splitlines()) if "pss/keep_rate" in line]
     # of a cycle of two batches, both ends
     assert [line["pss/keep_rate"] for line in batches] == pytest.approx([0.2, 1.0])
     assert [line["pss/tokens"] for line in batches] == [13, 65]
-    # the second call finds the run at its end
-    launch(*command, log=tmp_path / "second.txt")
-    assert (folder / "metrics.jsonl").read_text() == metrics
 
 
-def test_pretraining_on_two_processes_is_the_same_in_every_parallelism(tmp_path):
-    parallelisms = {
-        "ddp": ["parallelism=ddp"],
-        "fsdp2": ["parallelism=fsdp2"],
-        "checkpointing": ["parallelism=fsdp2", "activation_checkpointing=true", "microbatch_size=2"],
-    }
+def test_a_recipe_on_two_processes_and_its_autoresume(two_processes):
+    for results in two_processes("finetune-fsdp2"):
+        first, second = results["metrics"]
+        check_finetuning(first)
+        assert second == first  # the second call finds the run at its end
+
+
+def test_the_command_of_a_recipe_on_two_processes_and_its_autoresume_in_one(tmp_path):
+    arguments = ["train.py", *FINETUNE, "activation_checkpointing=true", "microbatch_size=2",
+                 f"save_folder={tmp_path / 'run'}"]
+    launch(*arguments, log=tmp_path / "log.txt")
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    check_finetuning(metrics)
+    assert "next: pss evaluate" in (tmp_path / "log.txt").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        main(arguments[1:])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_pretraining_on_two_processes_is_the_same_in_every_parallelism(two_processes):
     losses, errors = {}, {}
-    for name, overrides in parallelisms.items():
-        launch(
-            "train.py", "yamls/simmim_vitb_pretrain_pss.yaml", "data.name=synthetic", "data.path=null",
-            "data.num_workers=0", "data.num_samples=32", "model.depth=2", "model.embed_dim=32", "model.num_heads=2",
-            "model.image_size=32", "model.patch_size=4", "model.drop_path=0", "masking.unit=8", "train_batch_size=8",
-            "eval_batch_size=8", "max_duration=4ba", "eval_interval=4ba", "scheduler.warmup=1ba", "optimizer.lr=5e-3",
-            # torch 2.7 sums FSDP2's gradients over processes where they talk by gloo (by NCCL it averages): Adam does
-            # not mind, clipping does
-            "gradient_clipping=null", "progress_bar=false", f"save_folder={tmp_path / name}", *overrides,
-            log=tmp_path / f"{name}.txt",
-        )
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for name in ("ddp", "fsdp2", "checkpointing"):
+        results = two_processes(f"pretrain-{name}")[0]
+        lines = [json.loads(line) for line in results["metrics"][0].splitlines()]
         losses[name] = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
         errors[name] = [line["metrics/eval/masked_l1"] for line in lines if "metrics/eval/masked_l1" in line]
         assert [line["pss/keep_rate"] for line in lines if "pss/keep_rate" in line] == pytest.approx([0.2, 0.6, 1, 0.6])
         # what one process makes of two processes' checkpoint
-        load_checkpoint(SimMIM(build_encoder(ViTShape("tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2))),
-                        tmp_path / name / "latest-rank0.pt")
+        shape = ViTShape("tiny", image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+        folder = two_processes.folder / f"run-pretrain-{name}"
+        load_checkpoint(SimMIM(build_encoder(shape)), folder / "latest-rank0.pt")
     assert len(losses["ddp"]) == 4 and losses["ddp"][3] < losses["ddp"][0]
     for name in ("fsdp2", "checkpointing"):
         assert losses[name] == pytest.approx(losses["ddp"], abs=1e-5)
