@@ -23,7 +23,7 @@ USUAL_NUM_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.val
 
 
 def import_checkpoint(
-    source: str | Path, out: str | Path, *, ema: bool = False, image_size: int | None = None
+    checkpoint: str | Path, out: str | Path, *, ema: bool = False, image_size: int | None = None
 ) -> str:
     """Write the weights of a checkpoint as safetensors by timm's names.
 
@@ -35,7 +35,7 @@ def import_checkpoint(
     or for files of others from the usual number for this width in DeiT and timm; null where neither helps.
 
     Args:
-        source: A file, a folder of shards, or a run's folder; in a layout that `read_weights` knows.
+        checkpoint: A file, a folder of shards, or a run's folder; in a layout that `read_weights` knows.
         out: A new file with the suffix `.safetensors`; after an error it is not there.
         ema: Take the moving averages of the weights, not the weights in training.
         image_size: Interpolate position embeddings and bias tables to this height and width in pixels; None does not.
@@ -46,10 +46,10 @@ def import_checkpoint(
     Raises:
         InputError: As in `read_weights` and `find_architecture`, or `out` or `image_size` is bad.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     _check_out(out)
-    weights = read_weights(source, ema=ema)
-    architecture = find_architecture(weights.tensors, source)
+    weights = read_weights(checkpoint, ema=ema)
+    architecture = find_architecture(weights.tensors, checkpoint)
     arguments = architecture.arguments
     if image_size is not None:
         patch_size = arguments["patch_size"]
@@ -57,8 +57,8 @@ def import_checkpoint(
             raise InputError(f"must be a multiple of the patch size {patch_size}, got {image_size}", key="image_size")
         arguments["img_size"] = image_size
     vit = architecture.build_empty()
-    transfer = fit_weights(weights, vit.state_dict(), vit, source)
-    lines = [f"{source}: {weights.layout}", str(transfer)]
+    transfer = fit_weights(weights, vit.state_dict(), vit, checkpoint)
+    lines = [f"{checkpoint}: {weights.layout}", str(transfer)]
     if "num_heads" not in arguments:
         # null if unknown: timm's default would load and compute something else
         arguments["num_heads"], origin = _choose_num_heads(weights, arguments["embed_dim"])
@@ -73,22 +73,16 @@ def import_checkpoint(
 def export_checkpoint(
     run: str | Path, out: str | Path, *, ema: bool = False, image_size: int | None = None
 ) -> str:
-    """Call `import_checkpoint` on the last checkpoint of a run, or on any one of its checkpoints.
-
-    Args:
-        run: A run's `save_folder`, or a checkpoint in it: a file or a folder of shards.
-        out: As in `import_checkpoint`, like the rest.
-        ema: As there.
-        image_size: As there.
+    """Call `import_checkpoint` on a run's last checkpoint, or on one of its checkpoints.
 
     Raises:
-        InputError: There is no such run, or as in `import_checkpoint`.
+        InputError: `run` is neither, or as in `import_checkpoint`.
     """
-    source = find_latest(run)
-    if os.path.isdir(source) and not (source / ".metadata").is_file():
+    checkpoint = find_latest(run)
+    if os.path.isdir(checkpoint) and not (checkpoint / ".metadata").is_file():
         raise InputError(f"must be the save_folder of a trained recipe or a checkpoint, no {LATEST} in {run}",
                          key="run")
-    return import_checkpoint(source, out, ema=ema, image_size=image_size)
+    return import_checkpoint(checkpoint, out, ema=ema, image_size=image_size)
 
 
 def _choose_num_heads(weights: Weights, embed_dim: int) -> tuple[int | None, str]:
@@ -119,4 +113,5 @@ def _write(out: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
             save_file(tensors, written, metadata)
             os.replace(written, out)
     except (OSError, SafetensorError) as error:  # a full disk, for example
-        raise InputError(f"must be a file that can be written, {out} cannot: {error}", key="out") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"must be a file that can be written, {out} cannot: {reason}", key="out") from error

@@ -50,14 +50,14 @@ class Weights:
     num_heads: int | None = None
 
 
-def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
+def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
     """Read the weights of a ViT from a file of any known layout.
 
     The known layouts are the pre-training and fine-tuning files of SimMIM and PSS, DeiT's, timm's, and this project's
     Composer checkpoints, folders of shards included.
 
     Args:
-        path: A file, a folder of shards, or a run's folder.
+        checkpoint: A file, a folder of shards, or a run's folder.
         ema: True takes the moving averages of the weights, False the weights in training, None the model of the file.
             In a Composer checkpoint under EMA that model is the averages, which Composer also evaluates.
 
@@ -65,8 +65,8 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         InputError: There is no such file, it is broken, it holds more than weights and settings, it has another
             layout, it has no moving averages, or a weight is infinite or not a number.
     """
-    contents = read_file(path)
-    tensors, container = _find_weights(contents, path, ema)
+    contents = read_file(checkpoint)
+    tensors, container = _find_weights(contents, checkpoint, ema)
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     is_pretraining = any(name.startswith("encoder.") for name in tensors)
@@ -74,8 +74,8 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
     named = [(timm_name(name), tensor) for name, tensor in tensors.items() if name not in dropped]
     tensors = dict(named)
     if len(tensors) < len(named):
-        raise bad_checkpoint(path, "must hold each weight once", "has two by the same name")
-    _check_finite(tensors, path)
+        raise bad_checkpoint(checkpoint, "must hold each weight once", "has two by the same name")
+    _check_finite(tensors, checkpoint)
     if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
         tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
     return Weights(
@@ -84,12 +84,12 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> Weights:
         is_composer="state" in contents,
         not_weights=[] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS],
         dropped=dropped,
-        num_heads=_find_num_heads(find_latest(path)),
+        num_heads=_find_num_heads(find_latest(checkpoint)),
     )
 
 
 def timm_name(name: str) -> str:
-    """timm's name for a weight, from its name in a file or in the state dict of one of this project's models."""
+    """Translate a weight's name, in a file or in the state dict of one of this project's models, to timm's."""
     name = name.removeprefix("module.")  # Composer's prefix, and DDP's
     return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
 
@@ -152,6 +152,6 @@ def _find_num_heads(path: Path) -> int | None:
         else:
             model = OmegaConf.load(path.parent / "recipe.yaml").model
             num_heads = model.get("num_heads") or SIZES[model.size]["num_heads"]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError):
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError, AttributeError):
         return None  # there is neither, or it is somebody else's
     return num_heads if isinstance(num_heads, int) and num_heads > 0 else None

@@ -63,8 +63,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         path: A file, a folder of shards (with its `.metadata`), or a run's folder, for its last checkpoint.
 
     Returns:
-        The dictionary in the file. Its tensors are mapped from the file where the format allows it. For a folder of
-        shards: Composer's weights and algorithms.
+        The dictionary in the file. For a folder of shards: Composer's weights and algorithms.
 
     Raises:
         InputError: There is no such file, it has another format or is broken, or it asks for an object of another
@@ -85,24 +84,14 @@ def read_file(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise bad_checkpoint(path, "must be a whole safetensors file", f"cannot be read: {error}") from error
-    is_zip = zipfile.is_zipfile(path)
-    if start.startswith(b"PK") and not is_zip:
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise bad_checkpoint(path, "must be a whole file", "ends too early")
-    if not start.startswith(LEGACY_MAGIC) and not is_zip:
+    if not start.startswith((b"PK", LEGACY_MAGIC)):
         raise bad_checkpoint(path, "must be a file of torch.save or safetensors", f"begins with {start!r}")
-    contents = _load_pickle(path, str(path), mmap=is_zip and _is_stored(path))
+    contents = _load_pickle(path, str(path))
     if not isinstance(contents, dict):
         raise bad_checkpoint(path, "must hold a dictionary", f"holds a {type(contents).__name__}")
     return contents
-
-
-def _is_stored(path: Path) -> bool:
-    """Whether a zip file is not compressed: torch would map compressed bytes and take them for numbers."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
-    except zipfile.BadZipFile:
-        return False
 
 
 class Inert(dict):
@@ -131,10 +120,10 @@ def _safe_loading() -> Iterator[None]:
         add_safe_globals(before)
 
 
-def _load_pickle(source: Any, name: str, *, mmap: bool = False) -> Any:
+def _load_pickle(source: Any, name: str) -> Any:
     try:
         with _safe_loading():
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can fail in any way
         raise _explain(error, "file of torch.save", name) from error
 

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
-from torch import Tensor, nn
+from torch import Tensor
 
 from pss_composer.checkpoints.architecture import SHARED_TABLE, find_grid_side
 from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
@@ -55,7 +55,7 @@ class Transfer:
         return "\n".join(f"{title}: {_count(names)}" for title, names in account.items() if names)
 
 
-def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
+def load_pretrained(model: ComposerModel, checkpoint: str | Path) -> Transfer:
     """Start one of this project's models from a checkpoint of any layout that `read_weights` knows.
 
     SimMIM's shared bias table goes into every block; position embeddings and bias tables are interpolated to the
@@ -63,7 +63,7 @@ def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
 
     Args:
         model: One of `models` or `pretraining`; it stays as it is if an error is raised.
-        path: A file, a folder of shards, or a run's folder.
+        checkpoint: A file, a folder of shards, or a run's folder.
 
     Returns:
         What happened to each weight.
@@ -71,31 +71,32 @@ def load_pretrained(model: ComposerModel, path: str | Path) -> Transfer:
     Raises:
         InputError: As in `read_weights`, or the weights are of another architecture.
     """
-    return _load(model, read_weights(path), path)
+    return _load(model, read_weights(checkpoint), checkpoint)
 
 
-def load_checkpoint(model: ComposerModel, path: str | Path) -> None:
+def load_checkpoint(model: ComposerModel, checkpoint: str | Path) -> None:
     """Load all weights of a Composer checkpoint into the same model.
 
     Args:
         model: One of `models` or `pretraining`; it stays as it is if an error is raised.
-        path: A file, a folder of shards, or a run's folder.
+        checkpoint: A file, a folder of shards, or a run's folder.
 
     Raises:
         InputError: As in `read_weights`, or it is not a Composer checkpoint, or it is of another model.
     """
-    weights = read_weights(path)
+    weights = read_weights(checkpoint)
     if not weights.is_composer:
-        raise bad_checkpoint(path, "must be Composer's", "is not: it can only be used as pretrained weights")
-    _load(model, weights, path, is_same_model=True)
+        raise bad_checkpoint(checkpoint, "must be Composer's", "is not: it can only be used as pretrained weights")
+    _load(model, weights, checkpoint, is_same_model=True)
 
 
 def _load(model: ComposerModel, weights: Weights, path: str | Path, *, is_same_model: bool = False) -> Transfer:
     targets = {timm_name(name): parameter for name, parameter in model.state_dict().items()}
-    num_heads = model.vit.blocks[0].attn.num_heads
+    vit: Any = model.vit
+    num_heads = vit.blocks[0].attn.num_heads
     if weights.num_heads not in (None, num_heads):
         raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has {weights.num_heads} heads, the model {num_heads}")
-    transfer = fit_weights(weights, targets, model.vit, path)
+    transfer = fit_weights(weights, targets, vit, path)
     changed = [*transfer.interpolated, *transfer.copied, *transfer.initial, *transfer.dropped]
     if is_same_model and changed:
         raise bad_checkpoint(path, "must be of the same model", f"differs in {changed[0]}")
@@ -105,7 +106,7 @@ def _load(model: ComposerModel, weights: Weights, path: str | Path, *, is_same_m
     return transfer
 
 
-def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module, path: str | Path) -> Transfer:
+def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: Any, path: str | Path) -> Transfer:
     """Fit weights to a model's shapes.
 
     Args:
@@ -146,14 +147,14 @@ def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: nn.Module,
     return transfer
 
 
-def _resize(name: str, source: Tensor, target: Tensor, vit: nn.Module, path: str | Path) -> Tensor:
+def _resize(name: str, source: Tensor, target: Tensor, vit: Any, path: str | Path) -> Tensor:
     """Interpolate a weight for another grid or patch size, as timm does."""
-    grid_size = list(vit.patch_embed.grid_size)
+    grid_size = vit.patch_embed.grid_size
     resized = source
     try:
         if name == "pos_embed":
             num_prefix_tokens = target.shape[1] - vit.patch_embed.num_patches
-            resized = resample_abs_pos_embed(source, grid_size, num_prefix_tokens=num_prefix_tokens)
+            resized = resample_abs_pos_embed(source, list(grid_size), num_prefix_tokens=num_prefix_tokens)
         elif name.endswith("relative_position_bias_table") and find_grid_side(source):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout

@@ -38,8 +38,7 @@ def read_timm_arguments(path):
 
 
 def load_into_timm(path, **arguments):
-    """The timm model that a file's metadata name, with its weights; the arguments are those that weights do not show.
-    """
+    """The timm model in a file's metadata, with its weights; the arguments are those that weights do not show."""
     name, described = read_timm_arguments(path)
     unknown = {name for name, value in described.items() if value is None and name != "init_values"}
     assert unknown == set(arguments)
