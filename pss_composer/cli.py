@@ -138,10 +138,10 @@ def _export_checkpoint(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from pss_composer.data.prepare.convert import convert_images
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's would end the program without a word
     try:
+        from pss_composer.data.prepare.convert import convert_images
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's would end the program without a word
         convert_images(
             options.source,
             options.out,
