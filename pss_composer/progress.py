@@ -99,19 +99,17 @@ def count_batches(
     Raises:
         ValueError: A unit other than ep, ba, sp or dur, or one whose length in batches is not given.
     """
-    try:
-        value, unit = parse_time(time)
-        batches_in_unit = {
-            "ep": batches_per_epoch,
-            "ba": 1,
-            "sp": 1 / samples_per_batch if samples_per_batch else None,
-            "dur": total_batches,
-        }[unit]
-    except ValueError:
-        value, batches_in_unit = None, None
-    if value == 0:
+    lengths = {
+        "ep": batches_per_epoch,
+        "ba": 1,
+        "sp": 1 / samples_per_batch if samples_per_batch else None,
+        "dur": total_batches,
+    }
+    match = TIME_STRING.fullmatch(time)
+    length = lengths[match[2].lower()] if match else None
+    if match and float(match[1]) == 0:
         return 0  # in any unit, also if an epoch has no length
-    if value is None or batches_in_unit is None:
+    if length is None:
         raise ValueError(f"{time!r} cannot be counted in batches: under a patch sampling schedule, ep needs a data "
                          "loader with a length, sp a batch size, and tok, sec and iter cannot be used")
-    return value * batches_in_unit
+    return parse_time(time)[0] * length

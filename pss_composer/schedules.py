@@ -73,8 +73,16 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class _Ramp(ABC):
-    """What the schedules from `start` to `end` share: their arguments, the checks and the rounding."""
+class Ramp(ABC):
+    """What the schedules from `start` to `end` share.
+
+    Args:
+        start: Keep rate at the start, above 0.
+        end: Keep rate at the end, above 0. Above 1 is the paper's overshoot: ρ is capped at 1, and 1.1 gives ρ = 1.0
+            the full share of batches that the other multiples of 0.2 get, where 1.0 gives it half.
+        step: 1 − ρ is rounded to multiples of this; None does not round.
+        cooldown: Length of the last part of training, a time string in ep, ba, sp or dur.
+    """
 
     start: float = 0.2
     end: float = 1.1
@@ -111,16 +119,8 @@ class _Ramp(ABC):
 
 
 @dataclass(frozen=True)
-class Linear(_Ramp):
-    """From `start` to `end` in a straight line; in the cooldown at `end`.
-
-    Args:
-        start: Keep rate of the first batch, above 0.
-        end: Keep rate of the last batch, above 0. Above 1 is the paper's overshoot: ρ is capped at 1, and 1.1 gives
-            ρ = 1.0 the full share of batches that the other multiples of 0.2 get, where 1.0 gives it half.
-        step: 1 − ρ is rounded to multiples of this; None does not round.
-        cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
-    """
+class Linear(Ramp):
+    """From `start` to `end` in a straight line; in the cooldown at `end`. The arguments are those of `Ramp`."""
 
     name: ClassVar[str] = "linear"
 
@@ -133,14 +133,10 @@ class Linear(_Ramp):
 
 
 @dataclass(frozen=True)
-class Cosine(_Ramp):
+class Cosine(Ramp):
     """From `start` to `end` along half a cosine; in the cooldown, and in the batch before it, at `end`.
 
-    Args:
-        start: Keep rate of the first batch, above 0.
-        end: Keep rate of the last batch, above 0; above 1 is the paper's overshoot (see `Linear`).
-        step: 1 − ρ is rounded to multiples of this; None does not round.
-        cooldown: Length of the last part of training, at `end`; a time string in ep, ba, sp or dur.
+    The arguments are those of `Ramp`.
     """
 
     name: ClassVar[str] = "cosine"
@@ -154,16 +150,17 @@ class Cosine(_Ramp):
 
 
 @dataclass(frozen=True)
-class Cyclic(_Ramp):
+class Cyclic(Ramp):
     """From `start` to `end` and back in every period; in the cooldown at ρ = 1. The paper's schedule.
 
+    The paper writes Cyclic(0.2, 1.0) for what is `Cyclic(start=0.2, end=1.1)` here.
+
     Args:
-        start: Keep rate at both ends of a period, above 0.
-        end: Keep rate in the middle of a period, above 0; above 1 is the paper's overshoot (see `Linear`).
-            The paper writes Cyclic(0.2, 1.0) for what is `Cyclic(start=0.2, end=1.1)` here.
-        step: 1 − ρ is rounded to multiples of this; None does not round.
+        start: Keep rate at both ends of a period, above 0; this and the others are as for `Ramp`.
+        end: Keep rate in the middle of a period.
+        step: Rounding.
+        cooldown: Length of the last part of training.
         period: Length of a cycle, a time string in ep, ba, sp or dur.
-        cooldown: Length of the last part of training, at ρ = 1; a time string in ep, ba, sp or dur.
     """
 
     name: ClassVar[str] = "cyclic"
