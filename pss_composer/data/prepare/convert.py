@@ -1,4 +1,4 @@
-"""Converts a folder of images to MDS shards for `StreamingImageNet`; stopped, it goes on where it stopped.
+"""Converts a folder of images to MDS shards for `StreamingImageNet`; a conversion that was stopped can go on.
 
 Which image goes into which shard is planned from the names and sizes of the source files alone, and a shard is
 written whole or not at all. So the shards are the same, byte for byte, whatever the number of workers and however
@@ -20,7 +20,7 @@ from pathlib import Path
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
 from pss_composer.data.prepare.settings import ConversionSettings
-from pss_composer.data.prepare.shards import Job, run_workers, write_json
+from pss_composer.data.prepare.shards import Job, run_workers
 from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store, open_store
 from pss_composer.errors import InputError, raise_errors
 from pss_composer.locks import FolderLock
@@ -69,17 +69,17 @@ def convert_images(
             if name not in SPLITS:
                 raise InputError(f"must hold nothing but {' and '.join(SPLITS)}, got {name!r} at {hide_password(out)}",
                                  key="out")
-        fingerprints = [_fingerprint(split, settings) for split in splits]
-        # of all splits, before the first takes hours
-        states = [_find_state(store, split.name, fingerprint)
-                  for split, fingerprint in zip(splits, fingerprints, strict=True)]
-        for split, fingerprint, state in zip(splits, fingerprints, states, strict=True):
-            if state == "finished":
+        unfinished = []
+        for split in splits:  # all are checked before the first takes hours
+            fingerprint = _fingerprint(split, settings)
+            if _find_state(store, split.name, fingerprint) == "finished":
                 print(f"{split.name}: finished already, nothing to do")
                 _clear_parts(store, split.name)
-                continue
+            else:
+                unfinished.append((split, fingerprint))
+        for split, fingerprint in unfinished:
             with _open_split(store, split.name) as lock:
-                # what another conversion did in the meantime counts
+                # another conversion may have written here before the lock was free
                 is_resumed = _find_state(store, split.name, fingerprint) != "new"
                 shards = plan_shards(split, settings.shard_bytes)
                 _convert_split(Job(store, split, shards, settings, fingerprint, is_resumed, lock))
@@ -94,8 +94,8 @@ def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
     """
     images = list(split.images)
     if split.name == "train":
-        # in the order of their names, a shard would hold one or two classes, and while training reads a few shards
-        # at a time, even shuffled, its batches would hold few classes, too
+        # in the order of their names, a shard would hold one or two classes; training reads a few shards at a time,
+        # so its batches would hold few classes, too
         random.Random(SHUFFLE_SEED).shuffle(images)
     shards: list[list[SourceImage]] = []
     num_bytes = 0
@@ -146,8 +146,8 @@ def _find_state(store: Store, name: str, fingerprint: str) -> str:
         is_same = False
     if not is_same:
         raise InputError(
-            f"must be new or hold this conversion, got {name}/plan.json of another one (other images, classes, "
-            "or settings of the shards)",
+            f"must be new or hold this conversion, got {name}/plan.json of another one (of other images or classes, "
+            "or with another shortest side, quality or shard size)",
             key="out",
         )
     return "finished" if is_finished else "started"
@@ -182,8 +182,8 @@ def _convert_split(job: Job) -> None:
             "shards": len(job.shards),
             **job.settings.describe_shards(),
         }
-        write_json(store, f"{split.name}/plan.json", plan)
-    write_json(store, f"{split.name}/classes.json", split.classes)
+        store.write_json(f"{split.name}/plan.json", plan)
+    store.write_json(f"{split.name}/classes.json", split.classes)
     if split.num_ignored:
         print(f"{split.name}: {split.num_ignored:,} other files and folders ignored")
 
@@ -194,7 +194,7 @@ def _convert_split(job: Job) -> None:
         name, reason = records[0]["left_out"][0]
         raise InputError(f"must hold images that decode, got none in {split.name}; {name}: {reason}", key="source")
     # the last file: with it the split is complete
-    write_json(store, f"{split.name}/index.json", {"version": 2, "shards": entries})
+    store.write_json(f"{split.name}/index.json", {"version": 2, "shards": entries})
 
     left_out = sorted(tuple(image) for record in records for image in record["left_out"])
     for name, reason in left_out:

@@ -87,11 +87,6 @@ def run_workers(job: Job) -> list[dict[str, Any]]:
     return [future.result() for future in futures]
 
 
-def write_json(store: Store, name: str, value: Any) -> None:
-    """Write a small file of the conversion."""
-    store.write(name, json.dumps(value, sort_keys=True).encode())
-
-
 def _show_progress(futures: list[Future], job: Job) -> None:
     """Draw the progress bar until all shards are done, or until one fails."""
     pending = set(futures)
@@ -152,7 +147,7 @@ def _write_shard(number: int) -> dict[str, Any] | None:
         job.num_done[number] += 1
     entry = job.store.retry(lambda: _store_shard(job, name, samples), f"must take {name}")
     record = {"fingerprint": job.fingerprint, "shard": entry, "left_out": left_out}
-    write_json(job.store, record_name, record)
+    job.store.write_json(record_name, record)
     return record | {"num_skipped": 0}
 
 

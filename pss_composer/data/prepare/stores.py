@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import tempfile
@@ -68,13 +69,13 @@ class Store:
 
         return self.retry(read, f"must be readable at {posixpath.join(hide_password(self.url), name)}")
 
-    def write(self, name: str, data: bytes) -> None:
+    def write_json(self, name: str, value: Any) -> None:
         """Write a small file."""
         def write() -> None:
             with self.open_workspace(name.split("/")[0]) as folder:
                 file = Path(folder, name)
                 file.parent.mkdir(parents=True)
-                file.write_bytes(data)
+                file.write_text(json.dumps(value, sort_keys=True))
                 self.put(Path(folder), name)
 
         self.retry(write, f"must take {name}")

@@ -1,10 +1,13 @@
 """Conversion to a store, check-data in stores, and stores that are refused or do not answer."""
 
+import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from streaming.base.storage import S3Uploader
 from support.conversion import (
     SHARD_SIZE,
     contents,
@@ -132,9 +135,7 @@ def test_a_bucket_that_is_not_there(source, monkeypatch):
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("num_failures", [1, 2])
-def test_an_upload_that_fails_is_retried_and_then_reported(num_failures, bucket, source, converted, monkeypatch):
-    from streaming.base.storage import S3Uploader
-
+def test_an_upload_that_fails_is_retried_and_then_reported(num_failures, bucket, copied, converted, monkeypatch):
     monkeypatch.setattr(stores, "BACKOFFS", (0.01,))
     upload_file, failures = S3Uploader.upload_file, []
 
@@ -145,10 +146,13 @@ def test_an_upload_that_fails_is_retried_and_then_reported(num_failures, bucket,
         upload_file(self, filename)
 
     monkeypatch.setattr(S3Uploader, "upload_file", upload_or_fail)
+    shutil.rmtree(copied / "train")
     if num_failures == 2:
         with pytest.raises(InputError, match=r"^out must take val/plan.json, got the line is down \(2 attempts\)$"):
-            convert(source, "s3://bucket/out")
-    convert(source, "s3://bucket/out")
+            convert(copied, "s3://bucket/out")
+    convert(copied, "s3://bucket/out")
     assert len(failures) == num_failures
-    written = contents(bucket / "out")
-    assert all(written[path] == data for path, data in contents(converted).items())
+    written, expected = contents(bucket / "out" / "val"), contents(converted / "val")
+    plans = [json.loads(files.pop(Path("plan.json"))) for files in (written, expected)]
+    assert plans[0] | {"source": ""} == plans[1] | {"source": ""}
+    assert all(written[path] == data for path, data in expected.items())
