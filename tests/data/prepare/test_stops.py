@@ -49,6 +49,18 @@ def test_workers_end_with_their_parent(source, tmp_path):
     assert len(workers) == 3
 
 
+def test_workers_that_outlive_their_parent_do_not_keep_the_folder(source, converted, tmp_path):
+    out = tmp_path / "out"
+    with running("convert", source, out, "--shard-size", SHARD_SIZE, "--workers", 2) as process:
+        wait_for_records(out / "train", 1)
+        for worker in find_workers(process):
+            os.kill(worker, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(WAIT)
+        convert(source, out)
+    assert contents(out) == contents(converted)
+
+
 def test_two_conversions_do_not_write_at_once(source, converted, tmp_path):
     out = tmp_path / "out"
     with running("convert", source, out, "--shard-size", SHARD_SIZE, "--workers", 1) as process:
