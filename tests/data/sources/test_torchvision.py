@@ -1,262 +1,344 @@
-"""Images from IDX files: what is read back, the augmentation, files that are wrong, and labels that nobody uses."""
+"""Data sets of torchvision: what is read, the augmentation, and files, labels and downloads that are wrong."""
 
 import gzip
+import hashlib
+import inspect
+import io
+import pickle
 import struct
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.sources import (
+    EXACT,
+    NUM_IMAGES,
+    assert_same_batches,
+    build,
+    random_images,
+    read_batches,
+    read_inputs,
+    to_idx,
+    write_mnist,
+)
+from torchvision import datasets
 
-from pss_composer.data import Augmentation, build_dataspec
-from pss_composer.data.sources.digits import write_images
-from pss_composer.data.idx import IdxImages, read_idx
+from pss_composer.data.samples import BadSample
+from pss_composer.data.settings import TORCHVISION_SPLITS
 from pss_composer.errors import InputError
 
-NUM_IMAGES = {"train": 43, "val": 11}
 PREFIXES = {"train": "train", "val": "t10k"}
-HEIGHT, WIDTH = 9, 7
-# at the images' own height and crop_pct 1 the transform is a division by 255 and a crop to a square
-EXACT = Augmentation(is_plain=True, mean=[0.0] * 3, std=[1.0] * 3, crop_pct=1.0)
+SEEDS = {"train": 0, "val": 1}
 
 
-def random_split(split, width=WIDTH):
-    rng = np.random.default_rng(NUM_IMAGES[split])
-    images = rng.integers(0, 256, (NUM_IMAGES[split], HEIGHT, width), dtype=np.uint8)
-    return images, rng.permutation(np.arange(NUM_IMAGES[split], dtype=np.uint8) % 10)
-
-
-def to_idx(array):
-    """The format as http://yann.lecun.com/exdb/mnist describes it."""
-    magic = {3: 0x00000803, 1: 0x00000801}[array.ndim]
-    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
-
-
-def write_file(folder, name, data, is_packed):
-    path = folder / f"{name}.gz" if is_packed else folder / name
-    path.write_bytes(gzip.compress(data) if is_packed else data)
-    return path
-
-
-def write_split(folder, split, images, labels, *, is_packed=False):
-    write_file(folder, f"{PREFIXES[split]}-images-idx3-ubyte", to_idx(images), is_packed)
-    write_file(folder, f"{PREFIXES[split]}-labels-idx1-ubyte", to_idx(labels), is_packed)
-
-
-def build(folder, split="train", **options):
-    settings = {"name": "idx", "image_size": 16, "num_classes": 10, "batch_size": 8, "seed": 3}
-    return build_dataspec(split=split, path=None if folder is None else str(folder), **(settings | options))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Both splits, one packed and one not."""
-    path = tmp_path_factory.mktemp("idx")
-    write_split(path, "train", *random_split("train"), is_packed=True)
-    write_split(path, "val", *random_split("val"))
-    return path
-
-
-def read_batches(spec, epochs=1):
-    batches = []
-    for epoch in range(epochs):
-        spec.dataloader.sampler.set_epoch(epoch)
-        batches += list(spec.dataloader)
-    if spec.dataloader._iterator is not None:
-        spec.dataloader._iterator._shutdown_workers()
-    return batches
+def read_exactly(path, split, **options):
+    """All pixels uint8 (N, 12, 12, 3) and labels, in order."""
+    dataset = build("torchvision", path, split, image_size=12, augmentation=EXACT, **options).dataloader.dataset
+    samples = [dataset[0, index, 0] for index in range(len(dataset))]
+    assert all(type(label) is int and messages == [] for _, label, messages in samples)
+    return torch.stack([image for image, _, _ in samples]).numpy(), [label for _, label, _ in samples]
 
 
 # what is read
 
 
-@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_files_are_read_back_bit_for_bit(split, is_packed, tmp_path):
-    images, labels = random_split(split)
-    write_split(tmp_path, split, images, labels, is_packed=is_packed)
-    dataset = IdxImages(tmp_path, split=split, num_classes=10, transform=lambda image, seed: np.asarray(image), seed=0)
-    assert len(dataset) == len(images) and dataset.images.dtype == np.uint8
+def test_grey_images_are_read_back_bit_for_bit_as_rgb(split, dataset, tmp_path):
+    write_mnist(tmp_path, dataset=dataset)
+    images, labels = random_images(NUM_IMAGES, SEEDS[split])
+    actual_images, actual_labels = read_exactly(tmp_path, split, dataset=dataset)
+    assert np.array_equal(actual_images, np.repeat(images[..., :1], 3, axis=-1))
+    assert actual_labels == labels.tolist()
+
+
+def write_cifar(folder, monkeypatch):
+    """CIFAR-10's pickles, with checksums that torchvision finds right."""
+    folder = folder / datasets.CIFAR10.base_folder
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def write_split(name, seed):
+        images, labels = random_images(NUM_IMAGES, seed)
+        images = np.pad(images, ((0, 0), (0, 20), (0, 20), (0, 0)))
+        return write(name, {"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), "labels": labels.tolist()})
+
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [write_split("data_batch_1", 0)])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [write_split("test_batch", 1)])
+    name, checksum = write("batches.meta", {"label_names": [f"class {number}" for number in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_colours_are_read_back_bit_for_bit(split, tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    images, labels = random_images(NUM_IMAGES, SEEDS[split])
+    dataset = build("torchvision", tmp_path, split, dataset="CIFAR10", image_size=32,
+                    augmentation=EXACT).dataloader.dataset
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        actual_image, actual_label, _ = dataset[0, index, 0]
-        assert np.array_equal(actual_image, image) and actual_label == label and type(actual_label) is int
+        actual, actual_label, _ = dataset[0, index, 0]
+        assert np.array_equal(actual[:12, :12], image) and not actual[12:].any() and actual_label == label
+    assert dataset.classes == [f"class {number}" for number in range(10)]
 
 
-def test_torchvision_reads_the_same(folder):
-    from torchvision.datasets.mnist import read_image_file, read_label_file
+def write_signs(folder):
+    """GTSRB: class folders for training, a table for evaluation."""
+    for split, seed in SEEDS.items():
+        rows = ["Filename;ClassId"]
+        for index, (image, label) in enumerate(zip(*random_images(NUM_IMAGES, seed), strict=True)):
+            test_folder = folder / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
+            train_folder = folder / "gtsrb" / "GTSRB" / "Training" / f"{label:05}"
+            path = (train_folder if split == "train" else test_folder) / f"{index:05}.ppm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            rows.append(f"{path.name};{label}")
+        (folder / "gtsrb" / "GT-final_test.csv").write_text("\n".join(rows))
 
-    for name, read, num_dims in [("images-idx3", read_image_file, 3), ("labels-idx1", read_label_file, 1)]:
-        path = folder / f"t10k-{name}-ubyte"
-        assert np.array_equal(read_idx(path, num_dims=num_dims), read(str(path)).numpy())
+
+def write_pets(folder):
+    """OxfordIIITPet: a list of images for each split, `trainval` and `test`; the labels begin at 1."""
+    folder = folder / "oxford-iiit-pet"
+    for name in ("images", "annotations"):
+        (folder / name).mkdir(parents=True)
+    for split, seed in {"trainval": 0, "test": 1}.items():
+        rows = []
+        for index, (image, label) in enumerate(zip(*random_images(NUM_IMAGES, seed), strict=True)):
+            Image.fromarray(image).save(folder / "images" / f"breed{label}_{split}{index}.jpg", "PNG")
+            rows.append(f"breed{label}_{split}{index} {label + 1} 1 1")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(rows))
+    return folder
 
 
-def test_plain_file_is_read_where_both_are_there(folder, tmp_path):
-    images, labels = random_split("val")
-    write_split(tmp_path, "val", images, labels)
-    write_split(tmp_path, "val", images[:1], labels[:1], is_packed=True)
-    assert build(tmp_path, "val").num_samples == NUM_IMAGES["val"]
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("dataset", "write"), [("GTSRB", write_signs), ("OxfordIIITPet", write_pets)])
+def test_data_sets_with_split_names_are_read_back_bit_for_bit(dataset, write, split, tmp_path):
+    write(tmp_path)
+    images, labels = random_images(NUM_IMAGES, SEEDS[split])
+    actual_images, actual_labels = read_exactly(tmp_path, split, dataset=dataset)
+    # class folders are read one after the other
+    order = np.argsort(labels, kind="stable") if (dataset, split) == ("GTSRB", "train") else np.arange(NUM_IMAGES)
+    assert np.array_equal(actual_images, images[order]) and actual_labels == labels[order].tolist()
 
 
-def test_evaluation_sees_its_own_files_in_order(tmp_path):
-    for split in ("train", "val"):
-        write_split(tmp_path, split, *random_split(split, width=HEIGHT))
-    images, labels = random_split("val", width=HEIGHT)
-    spec = build(tmp_path, "val", image_size=HEIGHT, augmentation=EXACT)
-    assert spec.num_samples == NUM_IMAGES["val"]
-    batches = list(map(spec.batch_transforms, read_batches(spec)))
-    expected = torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1) / 255
+def test_evaluation_sees_its_own_files_in_order(paths):
+    images, labels = random_images(NUM_IMAGES, seed=1)
+    batches = read_inputs(build("torchvision", paths["torchvision"], "val", image_size=12, augmentation=EXACT))
+    expected = torch.from_numpy(images[..., 0])[:, None].expand(-1, 3, -1, -1) / 255
     assert torch.allclose(torch.cat([images for images, _ in batches]), expected)
     assert torch.cat([labels for _, labels in batches]).tolist() == labels.tolist()
 
 
-def test_training_sees_every_image_once_in_a_new_order_every_epoch(tmp_path):
-    images, labels = random_split("train", width=HEIGHT)
-    write_split(tmp_path, "train", images, labels)  # and no val: a split needs its own files alone
-    spec = build(tmp_path, image_size=HEIGHT, augmentation=EXACT, batch_size=1)
-    expected = {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
-    epochs = []
-    for epoch in range(2):
-        spec.dataloader.sampler.set_epoch(epoch)
-        epochs.append([((255 * image[0, 0]).round().byte().numpy().tobytes(), int(label))
-                       for image, label in map(spec.batch_transforms, spec.dataloader)])
-    assert set(epochs[0]) == set(epochs[1]) == expected and len(epochs[0]) == len(epochs[1]) == len(expected)
-    assert epochs[0] != epochs[1]
-    assert len(build(tmp_path).dataloader) == 5  # batches of 8, without the rest of 3
+@pytest.mark.parametrize("dataset", TORCHVISION_SPLITS)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_data_set_has_its_splits(dataset, split, tmp_path):
+    arguments = TORCHVISION_SPLITS[dataset][split == "val"]
+    inspect.signature(getattr(datasets, dataset)).bind(tmp_path, download=True, **arguments)
+    # it looks for its files, and so takes the name of the split: others are refused as `Unknown value`
+    with pytest.raises(InputError, match=f"^path must hold {dataset} as torchvision stores it") as error:
+        build("torchvision", tmp_path, split, dataset=dataset)
+    assert any(word in str(error.value) for word in ("not found", "not exist", "No such file", "h5py"))
+    assert "\n" not in str(error.value) and "Unknown value" not in str(error.value)
 
 
 # augmentation
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
-    def look(seed, epoch, index):
-        return build(folder, seed=seed).dataloader.dataset[epoch, index, 0][0]
+def test_augmentation_depends_on_seed_epoch_index_and_view_alone(paths):
+    def look(seed, *key):
+        return build("torchvision", paths["torchvision"], seed=seed).dataloader.dataset[key][0]
 
-    dataset = build(folder).dataloader.dataset
+    dataset = build("torchvision", paths["torchvision"]).dataloader.dataset
     expected = [dataset[2, index, 0][0] for index in range(5)]
     for index in reversed(range(5)):
         torch.rand(7)  # as other work would between two images
         assert torch.equal(dataset[2, index, 0][0], expected[index])
-    assert torch.equal(look(3, 2, 1), expected[1])
-    assert not torch.equal(look(3, 1, 1), expected[1])
-    assert not torch.equal(look(4, 2, 1), expected[1])
+    assert torch.equal(look(3, 2, 1, 0), expected[1])
+    for other in ((3, 1, 1, 0), (4, 2, 1, 0), (3, 2, 1, 1)):
+        assert not torch.equal(look(*other), expected[1])
 
-    dataset.images = np.broadcast_to(dataset.images[1], dataset.images.shape)
+    dataset.dataset.data = dataset.dataset.data[1].expand(NUM_IMAGES, -1, -1)
     assert torch.equal(dataset[2, 1, 0][0], expected[1])
     assert not torch.equal(dataset[2, 0, 0][0], expected[1])
 
 
-def test_workers_change_nothing(folder):
-    expected = read_batches(build(folder), epochs=2)
-    actual = read_batches(build(folder, num_workers=2), epochs=2)
-    assert len(actual) == len(expected) == 10
-    for batch, expected_batch in zip(actual, expected, strict=True):
-        assert all(map(torch.equal, batch, expected_batch))
+@pytest.mark.parametrize(("dataset", "write"), [("GTSRB", write_signs), ("FashionMNIST", write_mnist)])
+def test_workers_change_nothing(dataset, write, tmp_path):
+    write(tmp_path)
+    expected = read_batches(build("torchvision", tmp_path, dataset=dataset), epochs=2)
+    actual = read_batches(build("torchvision", tmp_path, dataset=dataset, num_workers=2), epochs=2)
+    assert len(expected) == 10
+    assert_same_batches(actual, expected)
 
 
-# bad input
+# files that are missing or broken
 
 
-def assert_input_error(match, folder, **options):
+def assert_input_error(match, path, split="train", **options):
     with pytest.raises(InputError, match=match) as error:
-        build(folder, **options)
+        build("torchvision", path, split, **options)
     assert "\n" not in str(error.value)
+    return error.value
 
 
 def test_bad_folder(tmp_path):
-    assert_input_error(r"^data\.path must name a folder, got null$", None)
-    assert_input_error(r"^data\.path must be a folder, got '.*nowhere'", tmp_path / "nowhere")
-    assert_input_error(r"did you mean idx\?\), got 'idxs'", tmp_path, name="idxs")
+    assert_input_error("^path must be a folder, got None$", None)
+    assert_input_error("^path must be a folder, got '.*nowhere', which is not one$", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
-def test_missing_file(kind, split, folder, tmp_path):
-    for path in folder.iterdir():
-        if path.name.removesuffix(".gz") != f"{PREFIXES[split]}-{kind}-ubyte":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    name = f"{PREFIXES[split]}-{kind}-ubyte"
-    match = rf"^data\.path must hold a file {name} or {name}\.gz, got neither in '{tmp_path}'$"
-    assert_input_error(match, tmp_path, split=split)
+def test_missing_file(kind, split, tmp_path):
+    folder = write_mnist(tmp_path)
+    (folder / f"{PREFIXES[split]}-{kind}-ubyte").unlink()
+    match = r"^path must hold FashionMNIST as torchvision stores it \(or set download=true\), got "
+    assert assert_input_error(match + f"'{tmp_path}': RuntimeError: Dataset not found", tmp_path, split).key == "path"
 
 
-IMAGES = to_idx(random_split("train")[0])
-NOT_WHOLE = r"^data\.path must hold whole IDX files, got "
-NOT_IDX = r"^data\.path must hold IDX files of 3-dimensional uint8, which begin with 0x00000803, got "
-NUM_BYTES = 16 + 43 * 9 * 7
+IMAGES = to_idx(random_images(NUM_IMAGES, 0)[0][..., 0])
+LABELS = to_idx(random_images(NUM_IMAGES, 0)[1])
 
 
-@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "gz"])
-@pytest.mark.parametrize(("data", "match"), [
-    (b"<!DOCTYPE html>", NOT_IDX + "0x3c21444f in '.*/train-images"),
-    (gzip.compress(IMAGES), NOT_IDX + "0x1f8b.* in '.*/train-images"),  # packed, and its name says otherwise
-    (to_idx(random_split("train")[1]), NOT_IDX + "0x00000801 in '.*/train-images"),
-    (b"\0\0\x0d\x03" + IMAGES[4:], NOT_IDX + "0x00000d03 in '.*/train-images"),  # float32
-    (b"", NOT_IDX + "0x in '.*/train-images"),
-    (IMAGES[:-1], NOT_WHOLE + rf"{NUM_BYTES - 1} bytes instead of {NUM_BYTES} in '.*/train-images"),
-    (IMAGES + b"\0", NOT_WHOLE + rf"{NUM_BYTES + 1} bytes instead of {NUM_BYTES} in '.*/train-images"),
-    (IMAGES[:9], NOT_WHOLE + r"9 bytes instead of 16 in '.*/train-images"),
-    (struct.pack(">4I", 0x803, *3 * [2**32 - 1]), NOT_WHOLE + rf"16 bytes instead of {(2**32 - 1)**3 + 16} in"),
-    (struct.pack(">4I", 0x803, 0, 9, 7), r"^data\.path must hold at least one image, got none in '.*/train-images"),
-    (to_idx(random_split("train")[0][:42]),
-     r"^data\.path must hold as many labels as images, got 43 labels in '.*/train-labels.*' for 42 images$"),
-], ids=["no idx", "packed twice", "labels", "float32", "empty", "truncated", "too long", "header", "huge", "no image",
-        "one image less"])
-def test_bad_image_file(data, match, is_packed, tmp_path):
-    write_split(tmp_path, "train", *random_split("train"))
-    (tmp_path / "train-images-idx3-ubyte").unlink()
-    write_file(tmp_path, "train-images-idx3-ubyte", data, is_packed)
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("data", [
+    b"<!DOCTYPE html>", gzip.compress(IMAGES), LABELS, b"\0\0\x0d\x03" + IMAGES[4:], b"", IMAGES[:-1], IMAGES + b"\0",
+    IMAGES[:9], struct.pack(">4I", 0x803, *3 * [2**32 - 1]), struct.pack(">4I", 0x803, 0, 9, 7),
+], ids=["no idx", "packed", "labels", "float32", "empty", "truncated", "too long", "header", "huge", "no image"])
+def test_bad_image_file(data, download, tmp_path):
+    (write_mnist(tmp_path) / "train-images-idx3-ubyte").write_bytes(data)
+    # with all files there, there is nothing to download
+    match = "^download must get FashionMNIST into " if download else "^path must hold FashionMNIST as torchvision "
+    error = assert_input_error(match, tmp_path, download=download)
+    assert f"{str(tmp_path)!r}" in str(error) and error.key == ("download" if download else "path")
+
+
+def test_not_as_many_labels_as_images(tmp_path):
+    images, _ = random_images(NUM_IMAGES, 0)
+    (write_mnist(tmp_path) / "train-images-idx3-ubyte").write_bytes(to_idx(images[:42, ..., 0]))
+    title = f"FashionMNIST in '{tmp_path}'"
+    match = f"^path must hold as many labels as images, got 43 labels for the 42 images of {title}$"
     assert_input_error(match, tmp_path)
 
 
-PACKED = gzip.compress(IMAGES)
+def test_no_images(tmp_path):
+    (write_pets(tmp_path) / "annotations" / "test.txt").write_text("")
+    match = f"^path must hold at least one image, got none of OxfordIIITPet in '{tmp_path}'$"
+    assert_input_error(match, tmp_path, "val", dataset="OxfordIIITPet")
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (PACKED[:-100], "Compressed file ended before the end-of-stream marker was reached"),
-    (PACKED[:5], "Compressed file ended before the end-of-stream marker was reached"),
-    (PACKED[:10] + b"\xff" * 100 + PACKED[110:], "Error -3 while decompressing data: .*"),
-    (PACKED[:-8] + b"\0" * 4 + PACKED[-4:], "CRC check failed.*"),
-    (IMAGES, r"Not a gzipped file \(b'\\x00\\x00'\)"),
-], ids=["truncated", "header", "corrupt", "checksum", "not packed"])
-def test_bad_packed_file(data, reason, tmp_path):
-    write_split(tmp_path, "train", *random_split("train"))
-    (tmp_path / "train-images-idx3-ubyte").rename(tmp_path / "train-images-idx3-ubyte.gz")
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
-    assert_input_error(NOT_WHOLE + rf"'.*/train-images-idx3-ubyte\.gz': {reason}$", tmp_path)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_picture_that_does_not_decode(num_workers, tmp_path, caplog):
+    folder = write_pets(tmp_path)
+    images, _ = random_images(NUM_IMAGES, 0)
+    (folder / "images" / "breed2_trainval5.jpg").write_bytes(b"no picture")
+    (folder / "images" / "breed2_test5.jpg").unlink()
+    options = {"dataset": "OxfordIIITPet", "num_workers": num_workers, "image_size": 12, "augmentation": EXACT}
+    for split, reason in (("train", "UnidentifiedImageError: cannot identify"), ("val", "FileNotFoundError: ")):
+        spec = build("torchvision", tmp_path, split, batch_size=43, **options)
+        with pytest.raises(BadSample) as error:
+            read_batches(spec)
+        spec.dataloader.close()
+        start = f"image 5 of OxfordIIITPet in {str(tmp_path)!r} must hold an image, got "
+        assert str(error.value).startswith(start) and reason in str(error.value) and "\n" not in str(error.value)
+    for split, num_left in (("train", 43), ("val", 42)):
+        spec = build("torchvision", tmp_path, split, batch_size=43, on_bad_sample="skip", **options)
+        (pixels, _), = read_batches(spec)
+        assert len(pixels) == num_left and spec.dataloader.num_skipped == 1
+        if split == "train":  # the next one is there in its place
+            assert sum(np.array_equal(image, images[6]) for image in pixels.numpy()) == 2
+    assert caplog.text.count("skipped: image 5 of OxfordIIITPet") == 2
+
+
+# labels
 
 
 @pytest.mark.parametrize(("label", "num_classes"), [(10, 10), (255, 255)])
 def test_labels_not_below_num_classes(label, num_classes, tmp_path):
-    images, labels = random_split("train")
+    folder = write_mnist(tmp_path)
+    labels = random_images(NUM_IMAGES, 0)[1]
     labels[7] = label
-    write_split(tmp_path, "train", images, labels)
-    match = (rf"^model\.num_classes must be at least {label + 1} for the labels in '.*/train-labels-idx1-ubyte', "
-             rf"got {num_classes}$")
-    assert_input_error(match, tmp_path, num_classes=num_classes)
-    build(tmp_path, num_classes=label + 1)
+    (folder / "train-labels-idx1-ubyte").write_bytes(to_idx(labels))
+    title = f"FashionMNIST in '{tmp_path}'"
+    match = f"^num_classes must be at least {label + 1} for the labels of {title}, got {num_classes}$"
+    assert assert_input_error(match, tmp_path, num_classes=num_classes).key == "num_classes"
+    build("torchvision", tmp_path, num_classes=label + 1)
 
 
-# labels that nobody uses
+@pytest.mark.parametrize(("dataset", "write", "num_classes"), [
+    ("FashionMNIST", write_mnist, 10),  # it names ten classes, though the labels here are below three
+    ("GTSRB", write_signs, 3),  # it names none
+    ("OxfordIIITPet", write_pets, 3),
+])
+def test_too_few_classes(dataset, write, num_classes, tmp_path):
+    write(tmp_path)
+    assert_input_error(f"^num_classes must be at least {num_classes} for the labels of {dataset} in ", tmp_path,
+                       dataset=dataset, num_classes=num_classes - 1)
+    build("torchvision", tmp_path, dataset=dataset, num_classes=num_classes)
 
 
 def test_any_label_is_right_without_classes(tmp_path):
-    images, labels = random_split("val")
+    folder = write_mnist(tmp_path)
+    labels = random_images(NUM_IMAGES, 1)[1]
     labels[7] = 255
-    write_split(tmp_path, "val", images, labels)
-    spec = build(tmp_path, "val", num_classes=None)
-    batches = [spec.batch_transforms(batch) for batch in read_batches(spec)]
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(to_idx(labels))
+    batches = read_inputs(build("torchvision", tmp_path, "val", num_classes=None))
     assert torch.cat([labels for _, labels in batches]).tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize("name", ["digits", "folder", "streaming", "synthetic"])
-def test_other_sources_check_no_labels_without_classes(name, tmp_path):
-    colours = np.zeros((8, 8, 8, 3), dtype=np.uint8)
-    if name == "folder":
-        for index, image in enumerate(colours):
-            (tmp_path / "train" / str(index)).mkdir(parents=True)
-            Image.fromarray(image).save(tmp_path / "train" / str(index) / "0.png")
-    elif name == "streaming":
-        write_images(tmp_path / "train", colours, np.arange(8) - 4)
-    spec = build(tmp_path, name=name, num_classes=None, num_samples=8)
-    images, labels = spec.batch_transforms(next(iter(spec.dataloader)))
-    assert images.shape == (8, 3, 16, 16) and labels.shape == (8,) and labels.dtype == torch.int64
+# download
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The files of Fashion-MNIST in a network of its own: a folder, packed as on its servers."""
+    folder = write_mnist(tmp_path / "server")
+    resources = []
+    for path in sorted(folder.iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        resources.append((f"{path.name}.gz", hashlib.md5((folder / f"{path.name}.gz").read_bytes()).hexdigest()))
+    monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
+
+    def open_url(request):
+        path = folder / request.full_url.rpartition("/")[2]
+        if not path.exists():
+            raise urllib.error.URLError("no route to host")
+        response = io.BytesIO(path.read_bytes())
+        response.url, response.length = request.full_url, path.stat().st_size
+        return response
+
+    monkeypatch.setattr(urllib.request, "urlopen", open_url)
+    return folder
+
+
+def test_download(server, tmp_path, paths):
+    expected = read_batches(build("torchvision", paths["torchvision"]))
+    for _ in range(2):
+        assert_same_batches(read_batches(build("torchvision", tmp_path / "new", download=True)), expected)
+        for path in server.iterdir():
+            path.unlink()  # what is there is not downloaded again
+    assert_same_batches(read_batches(build("torchvision", tmp_path / "new")), expected)
+
+
+def test_packed_files_are_unpacked_without_a_network(server, tmp_path, paths):
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in server.glob("*.gz"):
+        path.rename(raw / path.name)
+    assert_input_error("^path must hold FashionMNIST as torchvision stores it", tmp_path / "data")
+    expected = read_batches(build("torchvision", paths["torchvision"]))
+    assert_same_batches(read_batches(build("torchvision", tmp_path / "data", download=True)), expected)
+
+
+def test_bad_downloads(server, tmp_path):
+    match = "^download must get FashionMNIST into "
+    assert_input_error(match + "'/proc/data', got FileNotFoundError", "/proc/data", download=True)
+    (server / "train-labels-idx1-ubyte.gz").write_bytes(b"cut off")
+    error = assert_input_error(match + ".*File not found or corrupted", tmp_path / "new", download=True)
+    assert error.key == "download"
+    (server / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert_input_error(match + ".*no route to host", tmp_path / "other", download=True)
