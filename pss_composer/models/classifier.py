@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from timm.models import beit, vision_transformer
@@ -25,8 +27,8 @@ class ViTClassifier(ComposerClassifier):
         vit: A timm ViT; it is `self.module`.
     """
 
-    def __init__(self, vit: nn.Module) -> None:
-        num_classes = vit.num_classes
+    def __init__(self, vit: Any) -> None:
+        num_classes: int = vit.num_classes
         top1 = MulticlassAccuracy(num_classes, average="micro")
         top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         super().__init__(
@@ -41,7 +43,8 @@ class ViTClassifier(ComposerClassifier):
         vit.activation_checkpointing_fn = is_block
 
     @property
-    def vit(self) -> nn.Module:
+    def vit(self) -> Any:
+        """The timm ViT."""
         return self.module
 
     def update_metric(self, batch: tuple[Tensor, Tensor], outputs: Tensor, metric: Metric) -> None:

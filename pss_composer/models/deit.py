@@ -30,6 +30,7 @@ class DeiT(ViTClassifier):
         arguments = (shape or ViTShape("small")).to_timm()
         if is_distilled and relative_position_bias:
             raise InputError("must be false with relative_position_bias=true, got true", key="is_distilled")
+        vit: Beit | VisionTransformer
         if relative_position_bias:
             vit = Beit(**arguments, use_abs_pos_emb=True, use_rel_pos_bias=True, global_pool="avg")
         elif is_distilled:

@@ -89,8 +89,8 @@ class SimMIM(ComposerModel):
         self.encoder = encoder
         self.decoder = nn.Linear(encoder.embed_dim, 3 * self.patch_size**2)
         # Composer asks the ComposerModel's children, not itself
-        encoder.fsdp_wrap_fn = is_block
-        encoder.activation_checkpointing_fn = is_block
+        for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
+            setattr(encoder, name, is_block)
         self._masked_l1 = MeanMetric()
 
     @property

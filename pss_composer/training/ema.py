@@ -19,6 +19,8 @@ class EMA(algorithms.EMA):
     stops with an error after an evaluation, and every rank of a resumed run gets the averages of rank 0's shards.
     """
 
+    ema_model: Any  # Composer's, None before the average starts
+
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         for module in state.model.modules():
             if isinstance(module, FSDPModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
@@ -27,7 +27,7 @@ class JSONLinesLogger(LoggerDestination):
         self.path = Path(path)
         self._settings: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
-        self._file = None
+        self._file: IO[str] | None = None
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         self._settings.update(hyperparameters)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from composer.core import State
 from composer.models import ComposerModel
 from composer.optim import (
+    ComposerScheduler,
     CosineAnnealingScheduler,
     CosineAnnealingWithWarmupScheduler,
     LinearScheduler,
@@ -29,7 +30,7 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
         batch_size: The global one, for the linear scaling of the learning rate.
     """
     # layer decay asks for the layers of a ViT, and pre-training has its decoder beside it
-    module = model if isinstance(model, SimMIM) else model.module
+    module: Any = model if isinstance(model, SimMIM) else model.module
     lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
     exempt = module.no_weight_decay()
     if settings.layer_decay is None:
@@ -41,14 +42,15 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
         for group in groups:
             # only timm's own schedulers read lr_scale; Composer's multiply each group's lr
             group["lr"] = lr * group.pop("lr_scale")
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.betas), eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=(settings.betas[0], settings.betas[1]), eps=settings.eps)
 
 
-def build_scheduler(settings: SchedulerSettings) -> Callable[[State, float], float]:
+def build_scheduler(settings: SchedulerSettings) -> ComposerScheduler:
     """Composer's cosine or steps behind a linear warm-up that may start above 0."""
     has_warmup = parse_time(settings.warmup)[0] > 0
+    after_warmup: ComposerScheduler
     if settings.name == "multistep":
-        after_warmup = MultiStepScheduler(milestones=settings.milestones, gamma=settings.gamma)
+        after_warmup = MultiStepScheduler(milestones=[*settings.milestones], gamma=settings.gamma)
     elif has_warmup:
         after_warmup = CosineAnnealingWithWarmupScheduler(t_warmup=settings.warmup, alpha_f=settings.alpha_f)
     else:

@@ -114,7 +114,7 @@ def _find_settings(given: dict[Any, Any], schema: type, prefix: str = "") -> Ite
 
 def _find_group(schema: type, name: str) -> type | None:
     hint = typing.get_type_hints(schema).get(name)
-    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+    return next((t for t in (hint, *typing.get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
 
 
 def _set(recipe: DictConfig, key: str, value: Any, schema: type) -> None:

@@ -70,9 +70,10 @@ def _find_differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
         if setting.metadata.get("free_on_resume"):
             continue
         earlier = there.get(name) if isinstance(there, dict) else None
-        if dataclasses.is_dataclass(value) and isinstance(earlier, dict):
+        is_group = dataclasses.is_dataclass(value)
+        if is_group and isinstance(earlier, dict):
             yield from _find_differences(earlier, value, f"{prefix}{name}.")
-        elif earlier != (dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value):
+        elif earlier != (dataclasses.asdict(value) if is_group else value):
             yield f"{prefix}{name}={earlier!r}, got {value!r}"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from composer import Trainer
@@ -21,7 +23,7 @@ from composer.utils import dist, get_file, reproducibility
 
 from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
-from pss_composer.data.loader import name_dead_worker, restore_generators
+from pss_composer.data.loader import Loader, name_dead_worker, restore_generators
 from pss_composer.errors import InputError, name_keys, to_line
 from pss_composer.progress import Progress, count_batches
 from pss_composer.training.builders import (
@@ -192,7 +194,7 @@ def _load_weights(model: ComposerModel, recipe: Recipe) -> str | None:
 
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
     """Warm-up, cooldown and period against training, now that the length of an epoch is known."""
-    batches_per_epoch, samples_per_batch = len(train_data.dataloader), recipe.train_batch_size
+    batches_per_epoch, samples_per_batch = len(cast(Loader, train_data.dataloader)), recipe.train_batch_size
     total = count_batches(recipe.max_duration, batches_per_epoch, samples_per_batch)
     warmup = count_batches(recipe.scheduler.warmup, batches_per_epoch, samples_per_batch, total)
     if warmup > total:
@@ -202,7 +204,7 @@ def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
                          f"got {recipe.scheduler.warmup!r}", key="scheduler.warmup")
     if recipe.pss is None:
         return
-    progress = Progress(0, total, batches_per_epoch, samples_per_batch)
+    progress = Progress(0, math.ceil(total), batches_per_epoch, samples_per_batch)
     with name_keys(lambda key: f"pss.schedule.{key}"):
         recipe.pss.built_schedule(progress)
     period = getattr(recipe.pss.built_schedule, "period", None)
