@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ SOURCES = tuple(module.name for module in pkgutil.iter_modules([str(Path(__file_
 ON_BAD_SAMPLE = ("raise", "skip")
 SHUFFLE_ALGOS = ("py1e", "py1br", "py1s", "py2s", "naive")
 MAX_WORKERS = 1024  # per device
+SIZE = re.compile(r"\s*(\d+(\.\d+)?\s*[kmgtpezy]b|\d+b?)\s*", re.IGNORECASE)
 # torchvision's data sets for classification, with the arguments that select the split to train on and to evaluate
 TORCHVISION_SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS"),
@@ -98,6 +100,8 @@ class DataSettings:
             ("remote", self.name == "streaming" or not is_remote, "must be null unless name=streaming"),
             ("local", is_remote or self.local is None, "must be null without remote"),
             ("cache_limit", is_remote or self.cache_limit is None, "must be null without remote"),
+            ("cache_limit", self.cache_limit is None or SIZE.fullmatch(self.cache_limit) is not None,
+             "must be a size like 100gb"),
             ("shuffle_algo", self.shuffle_algo in SHUFFLE_ALGOS, f"must be one of {', '.join(SHUFFLE_ALGOS)}"),
             *((name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
               for name in ("predownload", "download_retry", "shuffle_block_size", "num_canonical_nodes")),

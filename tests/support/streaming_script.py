@@ -1,6 +1,6 @@
-"""The processes of tests/test_streaming.py, forked from one that has imported everything, which takes seconds.
+"""The processes of the tests of data.mds, forked from one that has imported everything, which takes seconds.
 
-    python tests/streaming_script.py
+    python tests/support/streaming_script.py
 
 reads jobs, a JSON object in a line: the name of a function below and its arguments, environment variables and a file
 for the output. It prints the process id of each; the exit status goes to the file's name + `.status`.
@@ -24,9 +24,12 @@ from pathlib import Path
 import torch
 from streaming.base.dataset import StreamingDataset  # noqa: F401, imported late by what follows
 
-from pss_composer import training
-from pss_composer.data import Augmentation, StreamingSettings, build_dataspec
+from pss_composer import cli
+from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.data.dataspec import build_dataspec
+from pss_composer.data.settings import DataSettings
 from pss_composer.errors import exit_on_input_error
+from pss_composer.training import trainer
 
 TIMEOUT = 60  # seconds
 
@@ -52,17 +55,18 @@ def train(folder, arguments, pause_at):
             spec.batch_transforms = record
         return spec
 
-    build, training.build_data = training.build_data, build_data
-    training.main(arguments)
+    build, trainer.build_data = trainer.build_data, build_data
+    cli.main(["train", *arguments])
 
 
-def read(folder, options, num_epochs):
+def read(folder, settings, num_epochs):
     """Reads labels, and after the first batch waits for the file `go`."""
     folder = Path(folder)
-    options["streaming"] = StreamingSettings(**options["streaming"])
-    options["augmentation"] = Augmentation(is_plain=True)
     with exit_on_input_error(debug=False):
-        loader = build_dataspec("streaming", **options).dataloader
+        loader = build_dataspec(
+            DataSettings("streaming", **settings), Augmentation(is_plain=True), split="train", image_size=16,
+            num_classes=40, batch_size=8, seed=3,
+        ).dataloader
         epochs = []
         for _ in range(num_epochs):
             epochs.append([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,13 @@ class StreamingImages(StreamingDataset):
             self._stream.close()
 
     def __iter__(self) -> Iterator[Sample]:
-        """This worker's samples of the next epoch; an error that ends it is one of them, see `load_sample`."""
+        """This worker's samples of the next epoch; an error in place of one ends it, see `load_sample`."""
         try:
-            yield from super().__iter__()
+            for sample in super().__iter__():
+                yield sample
+                if isinstance(sample, InputError):
+                    yield from repeat(sample, self.batch_size - 1)  # torch may drop an incomplete batch, and the error
+                    return
         finally:
             if hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()  # else the threads of an epoch that is left early would go on
@@ -164,8 +169,9 @@ class StreamingImages(StreamingDataset):
                 sample = super().get_item(index * self.repeats, retry)
             label = int(sample["y"])
         except RuntimeError as error:  # the shard was not there, however often it was asked for
-            rule = f"must leave {name} in the cache while it is read: {to_line(error)}"
-            raise self._failure or self._stream.errors.get(shard_name) or InputError(rule, key="cache_limit") from error
+            is_evicted = f"must leave {name} in the cache while it is read: {to_line(error)}", "cache_limit"
+            rule, key = self._stream.errors.get(shard_name, is_evicted)
+            raise self._failure or InputError(rule, key=key) from error
         except OSError as error:
             raise InputError(f"{name} must be readable, got {to_line(error)!r}") from error
         except (IndexError, ValueError, TypeError, MemoryError) as error:  # offsets or lengths that lead nowhere

@@ -69,7 +69,7 @@ class ShardStream(Stream):
         download_retry: How often a file is asked for.
 
     Attributes:
-        errors: By the name of a shard's file.
+        errors: Rule and key of an `InputError`, by the name of a shard's file.
         lock: Keeps other runs from the cache while this one may fetch, in the first process of a machine.
 
     Raises:
@@ -84,7 +84,7 @@ class ShardStream(Stream):
         if isinstance(self._downloader, S3Downloader):
             self._downloader = _S3Downloader()
         self.folder = folder
-        self.errors: dict[str, InputError] = {}
+        self.errors: dict[str, tuple[str, str]] = {}  # an exception would refer to the frames of its callers
         self.lock: FolderLock | None = None
         self._one_at_a_time = threading.Lock()  # a downloader is not made for several threads
 
@@ -104,10 +104,10 @@ class ShardStream(Stream):
                 self._ask(partial(self._fetch, shard), raw.basename, self.download_retry)
                 return raw.bytes
             except InputError as error:
-                self.errors[raw.basename] = error
+                self.errors[raw.basename] = error.rule, error.key
             except Exception as error:
                 rule = f"must keep {raw.basename} in {str(self.folder)!r}: {to_line(error)}"
-                self.errors[raw.basename] = InputError(rule, key="path")
+                self.errors[raw.basename] = rule, "path"
         return 0
 
     def open_cache(self, *, is_limited: bool) -> None:

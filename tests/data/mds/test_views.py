@@ -36,17 +36,16 @@ def build(folder, repeats=1, **settings):
 
 
 @pytest.fixture(scope="module")
-def shards(paths):
-    """A dataset for `deal`."""
-    return build("streaming", paths).dataloader.dataset
+def shards(folder):
+    """A dataset for `partition`."""
+    return build(folder).dataloader.dataset
 
 
-
-def deal(dataset, *, repeats=1, nodes=1, ranks=1, workers=1, batch_size=8, parts=1, epoch=1, seen=0, method=None):
+def partition(dataset, *, repeats=1, nodes=1, ranks=1, workers=1, batch_size=8, parts=1, epoch=1, seen=0, method=None):
     """An epoch's whole global batches of pairs (image, view), each a list with a list for every device."""
     world = World(nodes, ranks, workers, 0)
     dataset.repeats, dataset.batch_size, dataset.num_canonical_nodes = repeats, batch_size // (nodes * ranks), parts
-    dataset.shuffle_block_size = 1 << 18  # as streaming sets it before it deals
+    dataset.shuffle_block_size = 1 << 18  # as streaming sets it before it partitions
     work = generate_work(method or dataset.batching_method, dataset, world, epoch, seen)
     # (node, rank, worker, batch, sample): worker after worker gives a batch
     batches = work.transpose(3, 2, 0, 1, 4).reshape(-1, nodes * ranks, dataset.batch_size)
@@ -54,15 +53,12 @@ def deal(dataset, *, repeats=1, nodes=1, ranks=1, workers=1, batch_size=8, parts
             for batch in batches if (batch != -1).all()]
 
 
-
 def merge(batches):
     """The same, each a set."""
     return [{key for device in batch for key in device} for batch in batches]
 
 
-
 WORLDS = [{"ranks": 2}, {"workers": 2}, {"ranks": 2, "workers": 2}, {"ranks": 4, "workers": 3}]
-
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -70,22 +66,20 @@ WORLDS = [{"ranks": 2}, {"workers": 2}, {"ranks": 2, "workers": 2}, {"ranks": 4,
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_any_ranks_and_workers_see_what_one_sees_of_shards(epoch, parts, repeats, shards):
     options = {"epoch": epoch, "parts": parts, "repeats": repeats}
-    alone = deal(shards, **options)
+    alone = partition(shards, **options)
     assert len(alone) == 5 and all(len(step) == 8 for step in merge(alone))
     assert len(set().union(*merge(alone))) == 40
     for world in WORLDS + [{"nodes": 2}, {"nodes": 2, "ranks": 2, "workers": 2}] * (parts == 2):
         # several devices may have to share an odd number of images at the end
-        assert merge(deal(shards, **options, **world))[:5] == merge(alone), world
+        assert merge(partition(shards, **options, **world))[:5] == merge(alone), world
         # an epoch that was left after two batches goes on with the third
-        assert deal(shards, **options, **world, seen=16)[:3] == deal(shards, **options, **world)[2:5], world
-
+        assert partition(shards, **options, **world, seen=16)[:3] == partition(shards, **options, **world)[2:5], world
 
 
 @pytest.mark.parametrize("world", [{}, *WORLDS, {"nodes": 2, "parts": 2}])
-def test_single_views_are_dealt_as_streaming_deals_them(world, shards):
+def test_single_views_are_partitioned_as_by_streaming(world, shards):
     # on several machines, too, and what is left over at the end
-    assert deal(shards, **world) == deal(shards, **world, method="random")
-
+    assert partition(shards, **world) == partition(shards, **world, method="random")
 
 
 def assert_views(keys, *, num_parts=1):
@@ -98,24 +92,22 @@ def assert_views(keys, *, num_parts=1):
     return set(views)
 
 
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_repeated_augmentation_of_shards_draws_a_third_in_three_views(parts, shards):
     drawn = []
     for epoch in range(30):
-        batches = deal(shards, repeats=3, epoch=epoch, parts=parts)
-        assert len(batches) == len(deal(shards, epoch=epoch, parts=parts)) == 5
+        batches = partition(shards, repeats=3, epoch=epoch, parts=parts)
+        assert len(batches) == len(partition(shards, epoch=epoch, parts=parts)) == 5
         images = assert_views([key for (device,) in batches for key in device], num_parts=parts)
         assert 40 / 3 <= len(images) <= 40 / 3 + parts
         drawn.append(frozenset(images))
     assert len(set(drawn)) == 30 and len(frozenset().union(*drawn)) == NUM_IMAGES
 
 
-
 @pytest.mark.parametrize("world", [{"ranks": 2}, {"ranks": 2, "workers": 2}, {"ranks": 2, "parts": 2},
                                    {"nodes": 2, "parts": 2}])
 def test_every_device_has_whole_runs_of_views(world, shards):
-    batches = deal(shards, repeats=3, batch_size=12, **world)
+    batches = partition(shards, repeats=3, batch_size=12, **world)
     assert len(batches) == 3
     for batch in batches:
         for device in batch:
@@ -124,10 +116,9 @@ def test_every_device_has_whole_runs_of_views(world, shards):
         assert batch[0] != batch[1]
 
 
-
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_seed_of_a_view_is_that_of_epoch_image_and_view(repeats, paths):
-    dataset = build("streaming", paths, augmentation=Augmentation(repeats=repeats)).dataloader.dataset
+def test_seed_of_a_view_is_that_of_epoch_image_and_view(repeats, folder):
+    dataset = build(folder, repeats).dataloader.dataset
     numbers = {image.tobytes(): number for number, image in enumerate(random_images(NUM_IMAGES, seed=0)[0])}
     seen = []
 
@@ -139,24 +130,30 @@ def test_seed_of_a_view_is_that_of_epoch_image_and_view(repeats, paths):
     for epoch in range(2):
         seen.clear()
         samples = list(dataset)
-        # `deal` leaves the rest of three out
-        keys = [key for (device,) in deal(dataset, repeats=repeats, epoch=epoch) for key in device]
+        # `partition` leaves the rest of three out
+        keys = [key for (device,) in partition(dataset, repeats=repeats, epoch=epoch) for key in device]
         assert seen[:40] == [(image, derive_seed(3, epoch, image, view)) for image, view in keys]
         assert len(samples) == NUM_IMAGES
         assert [label for _, label, _ in samples] == [number % 3 for number, _ in seen]
 
+
+def assert_refused(match, folder):
+    with pytest.raises(InputError, match=match) as error:
+        build(folder)
+    assert "\n" not in str(error.value) and error.value.key == "path"
 
 
 def test_bad_shards(tmp_path):
     (tmp_path / "train").mkdir()
     index = tmp_path / "train" / "index.json"
     (tmp_path / "train" / "picture.png").touch()
-    assert_input_error(r"data\.path must hold MDS shards, got no index\.json in ", "streaming", tmp_path)
+    assert_refused(r"^path must hold MDS shards, got no index\.json in ", tmp_path)
     for text in ("{", "[]", "{}"):
         index.write_text(text)
-        assert_input_error(r"MDS shards, got an index\.json that names none in '", "streaming", tmp_path)
+        assert_refused(r"^path must hold MDS shards, got an index\.json that names none in '", tmp_path)
     index.write_text('{"version": 2, "shards": []}')
-    assert_input_error(r"data\.path must hold at least one image, got none in ", "streaming", tmp_path)
+    assert_refused(r"^path must hold at least one image, got none in ", tmp_path)
     index.write_text('{"version": 2, "shards": [{"samples": 1, "column_names": ["image", "y"]}]}')
-    assert_input_error(r"data\.path must hold the columns x and y, got \['image', 'y'\] in", "streaming", tmp_path)
-
+    assert_refused(r"^path must hold the columns x and y, got \['image', 'y'\] in", tmp_path)
+    index.write_text('{"version": 2, "shards": [{"samples": 1, "column_names": ["x", "y"]}]}')
+    assert_refused(r"^path must hold MDS shards that streaming reads, got .*raw_data.* in", tmp_path)
