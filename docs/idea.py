@@ -55,7 +55,7 @@ def keep_patches(image, num_patches):
     shown = torch.full_like(patches, EMPTY).scatter(1, kept, patches.gather(1, kept))
     cut = pixel_shuffle(shown.transpose(1, 2).unflatten(2, (GRID, GRID)), PATCH)[0, 0]
     cut[::PATCH] = cut[:, ::PATCH] = 1
-    return cut
+    return cut.numpy()
 
 
 def draw_schedule(axes):

@@ -1,6 +1,6 @@
-"""Add PSS to a Composer recipe of your own: one line.
+"""Adds PSS to a Composer recipe of your own with one line.
 
-    python examples/composer_recipe.py
+Run it with `python examples/composer_recipe.py`.
 """
 
 import timm
@@ -28,7 +28,7 @@ trainer = Trainer(
     optimizers=torch.optim.AdamW(vit.parameters(), lr=1e-3),
     max_duration="10ep",
     eval_interval="5ep",
-    # the line: a cycle over ρ = 0.2 ... 1 in every epoch, and the last epoch on all tokens
+    # the one line: ρ goes from 0.2 to 1 and back in every epoch; the last epoch has all tokens
     algorithms=[PatchSamplingSchedule(Cyclic(start=0.2, end=1.1, cooldown="1ep"), sampler="magnitude")],
     progress_bar=False,
 )

@@ -1,6 +1,6 @@
-"""Use patch sampling in a plain PyTorch loop, and turn the dial of a trained model.
+"""Uses patch sampling in a plain PyTorch loop, then evaluates the trained model at five keep rates.
 
-    python examples/plain_pytorch.py
+Run it with `python examples/plain_pytorch.py`.
 """
 
 import timm

@@ -1,46 +1,122 @@
-"""The README's code runs, and so do the examples."""
+"""README, docs and examples: their code runs, commands parse, links lead somewhere, and numbers agree."""
 
+import dataclasses
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
+import torch
 import yaml
+from composer.models import ComposerClassifier
+from support.models import build_model
+from support.paths import ROOT, YAMLS
+from torch.utils.data import DataLoader, TensorDataset
 
-from support.paths import ROOT
+from pss_composer import cli, schedules
+from pss_composer.schedules import Cyclic, keep_rates
 from pss_composer.training.reading import load_recipe
-from pss_composer.training.rules import build_schedule
-from pss_composer.schedules import Cyclic
+from pss_composer.training.recipe import PSSSettings, Recipe
 
-README = (ROOT / "README.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"),
+                *ROOT.glob("pss_composer/**/*.md")])
+README, METHOD, RECIPES, DATA = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/method.md", "docs/recipes.md", "docs/data.md")
+)
+NUMBER = re.compile(r"\d+\.\d+")
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [pytest.param(page, code, id=f"{page.stem}{number}") for page in PAGES
+            for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL))]
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["composer", "plain", "pretraining"])
-def test_python_blocks_run(code, tmp_path, monkeypatch):
+def commands():
+    """Every line of the bash blocks, as words."""
+    lines = [line for block in blocks("bash") for line in block.values[1].splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def table_rows(text, *, after):
+    """The cells of the first table after a heading, without its head."""
+    rows = re.search(r"^\|.*?(?=\n[^|]|\Z)", text[text.index(f"# {after}\n"):], flags=re.DOTALL | re.MULTILINE)[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
+
+
+def read_header(name):
+    return (YAMLS / name).read_text().split("\n\n")[0]
+
+
+# --- code and commands ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page, code", blocks("python"))
+def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one saves a checkpoint
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    if page.name == "README.md":  # its blocks take the model of the reader
+        model = ComposerClassifier(build_model("vit"), num_classes=7)
+        data = TensorDataset(torch.randn(8, 3, 32, 32), torch.randint(7, (8,)))
+        names = {"vit": build_model("beit"), "model": model, "train_dataloader": DataLoader(data, batch_size=4),
+                 "optimizer": torch.optim.AdamW(model.parameters())}
+    exec(compile(code, page.name, "exec"), names)
+
+
+def test_there_are_python_blocks_for_each_way():
+    assert [block.id for block in blocks("python")] == ["README0", "README1", "method0", "method1", "pretraining0"]
 
 
 def test_yaml_block_is_the_default_schedule():
     (block,) = blocks("yaml")
-    assert build_schedule(yaml.safe_load(block)["pss"]["schedule"]) == Cyclic()
+    settings = PSSSettings(**yaml.safe_load(block.values[1])["pss"])
+    assert settings.built_schedule == Cyclic() and settings == PSSSettings(schedule=settings.schedule)
 
 
 def test_every_train_command_reads_its_recipe():
-    commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if "train.py" in line]
-    assert len(commands) == 7
-    for command in commands:
-        words = shlex.split(command)
-        recipe, *overrides = words[words.index("train.py") + 1:]
+    recipes = [words[words.index("train.py") + 1:] for words in commands() if "train.py" in words]
+    assert len(recipes) == 9
+    for recipe, *overrides in recipes:
         load_recipe(ROOT / recipe, overrides)
 
 
+def test_every_pss_command_parses(monkeypatch):
+    called = []
+    for name in ("train", "evaluate", "report", "reconstruct", "import_checkpoint", "export_checkpoint", "convert",
+                 "check_data", "clean_shared_memory"):
+        monkeypatch.setattr(cli, f"_{name}", called.append)
+    # in the text, too; capitals are what the reader puts in
+    inline = [shlex.split(code) for page in PAGES for code in re.findall("`pss ([a-z].*?)`", page.read_text())]
+    lines = [words[1:] for words in commands() if words[0] == "pss"]
+    assert len(lines) == 20 and len(inline) > 3
+    known = []
+    for words in [*lines, *(words for words in inline if len(words) > 1)]:
+        cli.main(words)
+        known.append(words[0])
+        if words[0] == "train":
+            load_recipe(words[1], words[2:])
+    assert len(called) == len(known)
+    for words in inline:
+        assert words[0] in {*known, "clean-shared-memory", "import-checkpoint"}, words
+
+
+def test_there_are_no_commands_of_another_kind():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+    for words in commands():
+        is_known = "train.py" in words or words[0] == "pss" or words[:2] == ["git", "clone"] or \
+            words == [".venv/bin/pre-commit", "install"] or (words[0] == "make" and words[1] in targets)
+        assert is_known, words
+
+
+def test_every_benchmark_that_is_named_is_there():
+    names = {name for page in PAGES for name in re.findall(r"python -m benchmarks\.(\w+)", page.read_text())}
+    assert names == {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"__init__"}
+
+
 def test_every_variant_is_an_override():
-    overrides = re.findall(r"^\| .* \| (`pss.*`) \|$", README, flags=re.MULTILINE)
+    overrides = [row[1] for row in table_rows(RECIPES, after="Variants")]
     assert len(overrides) == 7
     for cell in overrides:
         for variant in re.findall("`(.*?)`", cell):
@@ -56,3 +132,100 @@ def test_examples_run(name, capsys):
     assert short != source
     exec(compile(short, name, "exec"), {"__name__": "__main__"})
     assert "0." in capsys.readouterr().out
+
+
+def test_the_figure_of_the_idea_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["idea.py", str(tmp_path / "idea.png")])
+    runpy.run_path(str(ROOT / "docs" / "idea.py"), run_name="__main__")
+    assert (tmp_path / "idea.png").stat().st_size > 10_000
+
+
+# --- form ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_a_first_screen():
+    assert len(README.splitlines()) <= 150
+
+
+def find_anchors(page):
+    """GitHub's anchors of the headings of a page."""
+    text = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall("^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in find_anchors(file), target
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name}" in README
+
+
+def test_every_picture_is_used_once():
+    text = "".join(page.read_text() for page in PAGES)
+    pictures = [Path(target).name for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+    assert sorted(pictures) == sorted(path.name for path in ROOT.glob("docs/*.png"))
+
+
+# --- what is said twice agrees -------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_in_the_table_and_its_head_has_the_same_numbers():
+    rows = table_rows(RECIPES, after="Recipes")
+    named = [name for row in rows for name in re.findall("`(.*?)`", row[0])]
+    assert sorted(named) == sorted(path.name for path in YAMLS.glob("*.yaml"))
+    for cell, _, expected in rows:
+        for name in re.findall("`(.*?)`", cell):
+            header = read_header(name)
+            assert set(NUMBER.findall(expected)) <= set(NUMBER.findall(header)), name
+            assert ("the paper's:" in expected) == ("Expected:  the paper's:" in header), name
+
+
+def test_the_readme_has_the_papers_numbers():
+    (sentence,) = re.findall(r"In the paper, .*?accuracy\.", README, flags=re.DOTALL)
+    assert NUMBER.findall(sentence) == ["17.0", "24.6", "83.5", "83.7"]
+    assert set(NUMBER.findall(sentence)) <= set(NUMBER.findall(read_header("simmim_vitb_pss.yaml")))
+
+
+def test_a_recipes_head_links_to_what_was_measured_here():
+    for path in YAMLS.glob("*.yaml"):
+        header = read_header(path.name)
+        for place in re.findall(r"measured here with .*?: see .*?([\w/]+\.md)", header):
+            assert path.name in (ROOT / place).read_text()
+        if path.stem.startswith("digits"):
+            assert "measured here with" in header and not re.search(r"\d %", header), path.name
+
+
+def test_every_key_of_a_recipe_is_in_its_table():
+    keys = {key for row in table_rows(RECIPES, after="Keys") for key in re.findall("`(.*?)`", row[0])}
+    assert keys == {setting.name for setting in dataclasses.fields(Recipe)}
+
+
+def test_the_loaders_ratios_are_those_of_the_benchmark():
+    benchmark = {(row[0], row[1]): row[3] for row in table_rows((ROOT / "benchmarks/README.md").read_text(),
+                                                               after="Loading pictures")}
+    cells = re.findall(r"^\| shards.*? \| (\S+) × \| (?:(\S+) × )?\|", DATA, flags=re.MULTILINE)
+    for (train, val), loader in zip(cells, ("shards", "shards 256", "shards, repeats=3"), strict=True):
+        assert train == benchmark["train", loader] and (not val or val == benchmark["val", loader])
+
+
+def test_the_schedules_have_the_means_that_the_table_says():
+    for cell, written, *_ in table_rows(METHOD, after="How to choose a schedule"):
+        schedule = eval(re.match("`(.*?)`", cell)[1], vars(schedules))
+        rates = keep_rates(schedule, epochs=1, batches_per_epoch=5040)
+        assert mean(rates) == pytest.approx(float(written), abs=6e-4)
+
+
+def test_the_makefile_and_the_readme_agree_on_the_set_up():
+    makefile = (ROOT / "Makefile").read_text()
+    for words in ("2 to 5 minutes", "7 GB", "Python 3.10 to 3.12"):
+        assert words in README.replace("\n", " ") and words in makefile
