@@ -158,7 +158,7 @@ def _read_shards(folder: Path) -> dict[str, Any]:
         state = model | dict.fromkeys({"state.algorithms"} & entries.keys())
         with _safe_loading():
             load(state, storage_reader=reader, planner=planner, no_dist=True)
-    except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
+    except (Exception, CheckpointException) as error:  # torch derives CheckpointException from BaseException
         raise _explain(error, "folder of shards", str(folder)) from error
     model = {name.removeprefix("state.model."): tensor for name, tensor in model.items()}
     return {"state": {"model": model, "algorithms": state.get("state.algorithms")}}

@@ -56,7 +56,7 @@ def train(folder, *, is_pretraining=False, ema=True, stop_at=None, **options):
 def train_sharded(folder):
     """A run of three batches with sharded checkpoints; returns the moving averages after them.
 
-    One process writes them, and `split_shards` divides them as two processes would: test_distributed.py starts these.
+    One process writes them and `split_shards` divides them; test_distributed.py reads what two processes wrote.
     """
     was_initialized = torch.distributed.is_initialized()
     with warnings.catch_warnings():

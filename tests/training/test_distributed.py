@@ -10,6 +10,7 @@ from support.launch import launch
 from support.paths import ROOT
 from support.recipes import train_by_command as main
 
+from pss_composer.checkpoints.layouts import read_weights
 from pss_composer.checkpoints.transfer import load_checkpoint
 from pss_composer.models.shape import ViTShape
 from pss_composer.pretraining.simmim import SimMIM, build_encoder
@@ -71,6 +72,19 @@ def test_two_processes_resume_bit_for_bit(two_processes, name, parallelism, stop
             assert resumed[key] == straight[key][num_trained:]
         assert resumed["eval_losses"] == straight["eval_losses"][num_trained // 5:]
         assert resumed["weights"] == straight["weights"]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_process_reads_the_shards_of_two(two_processes, name, ema):
+    two_processes(f"resume-{name}-fsdp2")
+    folder = two_processes.folder
+    # the same run wrote its checkpoints as whole files, too
+    whole = read_weights(folder / f"checkpoints-{name}-fsdp2_full" / f"{STOPS[0]}-rank0.pt", ema=ema).tensors
+    assert (folder / f"checkpoints-{name}-fsdp2" / STOPS[0] / "__1_0.distcp").is_file()
+    shards = read_weights(folder / f"checkpoints-{name}-fsdp2" / STOPS[0], ema=ema).tensors
+    assert shards.keys() == whole.keys()
+    assert all(torch.equal(shards[key], whole[key]) for key in whole)
 
 
 def check_finetuning(metrics):
