@@ -1,6 +1,7 @@
 # make demo    train the quick start with and without PSS, print a table, draw two pictures
 # make demo-pretrain    pre-train on the digits, fine-tune under PSS from that and from scratch, print a table and draw;
-#              with IDX=FOLDER on the Fashion-MNIST (or MNIST) whose four IDX files are there
+#              with DATASET=FashionMNIST on that data set of torchvision (or another with ten classes), downloaded into
+#              data/torchvision, or read from the folder DATA=FOLDER, where torchvision has stored it
 # make test    run the tests
 # Each sets up a virtual environment in .venv first, unless it is there and up to date.
 
@@ -28,9 +29,10 @@ demo: $(READY)
 	$(BIN)/python -m pss_composer report runs/digits runs/digits_pss --out demo
 
 # Fashion-MNIST has 42 times as many images: few epochs make as many batches, and a cycle is to be as many of them
-PRETRAIN_DATA := $(if $(IDX),data.name=idx data.path=$(IDX) max_duration=3ep)
-FINETUNE_DATA := $(if $(IDX),data.name=idx data.path=$(IDX) max_duration=1ep pss.schedule.period=0.05dur)
-PRETRAINED := $(if $(IDX),idx_pretrain,digits_pretrain)
+OTHER_DATA := data.name=torchvision data.dataset=$(DATASET) data.path=$(or $(DATA),data/torchvision) data.download=true
+PRETRAIN_DATA := $(if $(DATASET),$(OTHER_DATA) max_duration=3ep)
+FINETUNE_DATA := $(if $(DATASET),$(OTHER_DATA) max_duration=1ep pss.schedule.period=0.05dur)
+PRETRAINED := $(or $(DATASET),digits)_pretrain
 
 demo-pretrain: $(READY)
 	@echo "== 1/5 Pre-training by digits_pretrain.yaml: SimMIM, without labels"

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--pretrain-epochs", type=positive_int, default=100)
     parser.add_argument("--finetune-epochs", type=positive_int, default=20)
     parser.add_argument("--data", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="another source for every run: data.name=idx data.path=FOLDER")
+                        help="another source for every run: data.name=torchvision data.dataset=FashionMNIST ...")
     parser.add_argument("--out", type=Path, default=Path("runs/pretraining_gain"), help="where the runs go")
     args = parser.parse_args()
     args.device, args.threads = "cpu", "all"

@@ -10,6 +10,7 @@ from composer.utils import reproducibility
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
+from support.paths import YAMLS
 from support.pictures import OFF, TAIL, UNNORMALIZED, Preparation, encode
 
 from pss_composer.data.augmentation.device import DeviceTransform
@@ -191,3 +192,9 @@ def test_training_with_nothing_random_is_that_of_timm(image_size, interpolation,
     pictures = [encode(image.resize(size), quality=90) for image in photographs[::2]]
     settings = OFF | {"ratio": [size[0] / size[1]] * 2, "interpolation": interpolation}
     assert mean_difference(settings, image_size, pictures, is_training=True) < BARS[interpolation]
+
+
+@pytest.mark.parametrize("recipe", sorted([*YAMLS.glob("deit_*.yaml"), *YAMLS.glob("simmim_*.yaml")]),
+                         ids=lambda path: path.stem)
+def test_paper_recipes_name_the_form_that_they_train_with(recipe):
+    assert OmegaConf.load(recipe).augmentation.form in FORMS
