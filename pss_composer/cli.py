@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pss_composer import __version__
-from pss_composer.errors import exit_on_input_error, name_keys
+from pss_composer.checks import name_keys
+from pss_composer.errors import exit_on_input_error
 from pss_composer.evaluation import KEEP_RATES
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]

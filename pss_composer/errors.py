@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class InputError(ValueError):
     """Bad input: one line that names the argument or key, the rule and the value.
 
-    A function names its own argument. The app, which knows the recipe, puts the recipe's key there instead (`name_keys`).
+    A function names its own argument; the app, which knows the recipe, puts the recipe's key there (`checks.name_keys`).
     The command lines print the line and exit with status 1; any other exception is a bug and keeps its traceback.
 
     Args:
@@ -37,62 +36,6 @@ class InputErrors(InputError):
         super().__init__("\n".join(map(str, self.errors)))
 
 
-def find_broken(settings: object, *rules: tuple[str, bool, str]) -> list[InputError]:
-    """The errors for those rules that settings break.
-
-    Args:
-        settings: An object whose attributes are the settings.
-        rules: Name of an attribute, whether the rule holds, and the rule in words, like `must be at least 1`.
-    """
-    return [
-        InputError(f"{rule}, got {getattr(settings, name)!r}", key=name) for name, holds, rule in rules if not holds
-    ]
-
-
-def collect_errors(check: Callable[..., object], *args: Any, **kwargs: Any) -> list[InputError]:
-    """The errors that a function raises when it is called with these arguments."""
-    try:
-        check(*args, **kwargs)
-    except InputErrors as error:
-        return error.errors
-    except InputError as error:
-        return [error]
-    return []
-
-
-def raise_errors(errors: Iterable[InputError]) -> None:
-    """Raise the errors together if there are any.
-
-    Raises:
-        InputError: There is one, or there are several.
-    """
-    errors = list(errors)
-    if errors:
-        raise errors[0] if len(errors) == 1 else InputErrors(errors)
-
-
-@contextmanager
-def name_keys(rename: Callable[[str], str]) -> Iterator[None]:
-    """Rename the keys of the errors that the block raises.
-
-    Args:
-        rename: From an argument's name to the key that the user knows. Errors without a key stay as they are.
-    """
-    try:
-        yield
-    except InputErrors as error:
-        raise InputErrors(rename_keys(error.errors, rename)) from error
-    except InputError as error:
-        if not error.key:
-            raise
-        raise type(error)(error.rule, key=rename(error.key)) from error
-
-
-def rename_keys(errors: Iterable[InputError], rename: Callable[[str], str]) -> list[InputError]:
-    """The same errors under other keys; see `name_keys`."""
-    return [InputError(error.rule, key=rename(error.key)) if error.key else error for error in errors]
-
-
 def to_line(error: BaseException) -> str:
     """The message of an exception as one line, or its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -100,7 +43,7 @@ def to_line(error: BaseException) -> str:
 
 @contextmanager
 def exit_on_input_error(*, debug: bool) -> Iterator[None]:
-    """End the program with exit status 1 and a line per mistake on an `InputError`; with its traceback under `debug`."""
+    """On an `InputError`, end the program with exit status 1 and a line per mistake; `debug` keeps the traceback."""
     try:
         yield
     except InputError as error:

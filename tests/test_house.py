@@ -8,7 +8,7 @@ import pytest
 from support.paths import ROOT
 
 PACKAGE = ROOT / "pss_composer"
-BASE = {"errors", "mistakes", "locks", "seeds"}  # known to every room
+BASE = {"errors", "checks", "locks", "seeds"}  # known to every room
 METHOD = {"progress", "schedules", "sampling", "surgery", "algorithm"}
 # room -> the rooms that it may import, beside itself and the base
 MAY_IMPORT = {
@@ -31,7 +31,7 @@ ONLY_IN = {
     "streaming": {"data.mds", "data.prepare", "data.sources.digits"},
     "timm": {"surgery", "models", "pretraining", "data.augmentation", "checkpoints", "training"},
 }
-LIGHT = ["errors", "mistakes", "locks", "seeds", "progress", "schedules", "models.shape", "pretraining.settings",
+LIGHT = ["errors", "checks", "locks", "seeds", "progress", "schedules", "models.shape", "pretraining.settings",
          "data.settings", "data.augmentation.settings", "training.recipe", "training.rules", "training.reading",
          "training.command", "cli"]
 

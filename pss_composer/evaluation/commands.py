@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `report` and `reconstruct`: each checks all it can before it evaluates."""
+"""The commands `evaluate`, `report` and `reconstruct`; each finds bad input before it evaluates."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
     _finish(losses, "Training loss at the largest keep rate of each run, mean over an epoch", ylabel="loss")
     per_epoch = 1 + max(line["time/batch_in_epoch"] for line in lines)
     last = lines[-num_epochs * per_epoch:]
-    # a line stands at the end of its batch
+    # the log names a batch by its number from 1, at the end of the batch
     keep_rates.step([(line["batch"] - 1) / per_epoch for line in last], [line["pss/keep_rate"] for line in last],
                     where="post", color=INK)
     keep_rates.set(ylim=(0, 1.05), yticks=KEEP_RATES)

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pss_composer.errors import InputError, to_line
+from pss_composer.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def prepare_picture(path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise InputError(f"must be a place that can be written, {str(path)!r} cannot: {to_line(error)}",
+        raise InputError(f"must be a place that can be written, got {error.filename!r}: {error.strerror}",
                          key="out") from error
 
 

@@ -32,12 +32,12 @@ def evaluate(
     Returns:
         Keep rate -> metric name -> value.
     """
-    # Composer asks for an optimizer also where nothing is trained
+    # Composer needs an optimizer even if nothing is trained
     trainer = Trainer(model=model, optimizers=torch.optim.SGD(model.parameters()), progress_bar=False)
     metrics = {}
     for keep_rate in keep_rates:
         with patch_sampler.evaluating_at(keep_rate):
-            # Composer wants a label of its own for every evaluation
+            # Composer takes each label once
             trainer.eval(Evaluator(label=f"keep_rate_{keep_rate}", dataloader=data))
         metrics[keep_rate] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     trainer.close()

@@ -28,13 +28,13 @@ def plot_kept_patches(
 ) -> None:
     """Draw evaluation images with the patches that the model keeps at each keep rate, the others tinted.
 
-    Below an image stands the class that the model answers, and where that is wrong, the true one.
+    The caption of an image is the class that the model answers, and the true one too where the answer is wrong.
 
     Args:
         run: A finished run.
         path: The picture to write.
-        num_images: Images at most, one a column, each the first one of its class.
-        keep_rates: Keep rates, one a row.
+        num_images: Images at most, one per column, each the first one of its class.
+        keep_rates: Keep rates, one per row.
     """
     data = build_data(run.recipe, "val")
     names = find_class_names(run, data)
@@ -63,7 +63,7 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
     Args:
         run: A finished run of pre-training.
         path: The picture to write.
-        num_images: Images, one a column: the first ones.
+        num_images: Images, one per column: the first ones.
     """
     model, recipe = run.model.eval(), run.recipe
     data = build_data(recipe, "val")
@@ -87,7 +87,7 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
 
 
 def find_class_names(run: Run, data: DataSpec) -> list[str]:
-    """The names of the classes in the order of their labels; empty where neither the data nor a file have them.
+    """The names of the classes in the order of their labels; empty if neither the data nor a file name them.
 
     Args:
         run: The run.
@@ -99,7 +99,7 @@ def find_class_names(run: Run, data: DataSpec) -> list[str]:
         return names
     try:
         return [str(name) for name in json.loads(file.read_text())]
-    except (ValueError, TypeError):  # a file of somebody else
+    except (ValueError, TypeError):  # not a list of names
         return []
 
 

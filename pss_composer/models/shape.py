@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pss_composer.errors import InputError, find_broken, raise_errors
+from pss_composer.checks import find_broken, raise_errors
+from pss_composer.errors import InputError
 
 # the sizes of Touvron et al. 2021 (https://arxiv.org/abs/2012.12877)
 SIZES = {

@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from pss_composer.errors import raise_errors
+from pss_composer.checks import raise_errors
 from pss_composer.pretraining.settings import MaskingSettings
 from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.seeds import derive_seed

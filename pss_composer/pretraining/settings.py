@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pss_composer.errors import InputError, find_broken
+from pss_composer.checks import find_broken
+from pss_composer.errors import InputError
 
 
 @dataclass

@@ -11,8 +11,9 @@ from composer.models import ComposerModel
 from composer.utils import FSDP2Config, FSDPConfig, dist
 
 from pss_composer.algorithm import PatchSamplingSchedule
+from pss_composer.checks import name_keys
 from pss_composer.data.dataspec import build_dataspec
-from pss_composer.errors import InputError, name_keys
+from pss_composer.errors import InputError
 from pss_composer.models.deit import DeiT
 from pss_composer.models.simmim import SimMIMClassifier
 from pss_composer.pretraining.masking import PatchMasking

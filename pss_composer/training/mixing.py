@@ -7,7 +7,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torchvision.transforms import v2
 
-from pss_composer.errors import InputError, raise_errors
+from pss_composer.checks import raise_errors
+from pss_composer.errors import InputError
 from pss_composer.training.recipe import MixingSettings
 
 

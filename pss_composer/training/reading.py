@@ -12,7 +12,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pss_composer.errors import InputError, raise_errors, to_line
+from pss_composer.checks import raise_errors
+from pss_composer.errors import InputError, to_line
 from pss_composer.schedules import SCHEDULES
 from pss_composer.training.recipe import Recipe, check_group, describe_unknown
 from pss_composer.training.rules import check_recipe
@@ -114,7 +115,8 @@ def _find_settings(given: dict[Any, Any], schema: type, prefix: str = "") -> Ite
 
 def _find_group(schema: type, name: str) -> type | None:
     hint = typing.get_type_hints(schema).get(name)
-    return next((t for t in (hint, *typing.get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+    types = (hint, *typing.get_args(hint))
+    return next((kind for kind in types if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _set(recipe: DictConfig, key: str, value: Any, schema: type) -> None:

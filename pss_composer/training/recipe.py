@@ -13,9 +13,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from pss_composer.checks import collect_errors, find_broken, rename_keys
 from pss_composer.data.augmentation.settings import Augmentation
 from pss_composer.data.settings import DataSettings, free_on_resume
-from pss_composer.errors import InputError, collect_errors, find_broken, rename_keys
+from pss_composer.errors import InputError
 from pss_composer.models.shape import ViTShape
 from pss_composer.pretraining.settings import MaskingSettings
 from pss_composer.progress import check_time

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pss_composer.errors import InputError, rename_keys
+from pss_composer.checks import rename_keys
+from pss_composer.errors import InputError
 from pss_composer.progress import parse_time
 from pss_composer.training.recipe import Recipe
 

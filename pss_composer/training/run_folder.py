@@ -12,7 +12,8 @@ from typing import Any
 from composer.utils import dist
 from omegaconf import OmegaConf
 
-from pss_composer.errors import InputError, raise_errors
+from pss_composer.checks import raise_errors
+from pss_composer.errors import InputError
 from pss_composer.locks import OWNER_FILE, FolderLock
 from pss_composer.training.recipe import Recipe
 
@@ -84,7 +85,7 @@ def write_recipe(recipe: Recipe) -> None:
 
 
 def remove_torn_checkpoints(folder: Path) -> bool:
-    """Remove checkpoints that a full disk cut short, files of `torch.save` without a zip file's end; whether any was."""
+    """Remove checkpoints that a full disk cut short: zip files without their end. Whether there was one."""
     torn = [path for path in folder.glob("ep*-rank*.pt") if path.is_file() and not zipfile.is_zipfile(path)]
     for path in torn:
         path.unlink()

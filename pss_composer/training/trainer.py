@@ -23,8 +23,9 @@ from composer.utils import dist, get_file, reproducibility
 
 from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
+from pss_composer.checks import name_keys
 from pss_composer.data.loader import Loader, name_dead_worker, restore_generators
-from pss_composer.errors import InputError, name_keys, to_line
+from pss_composer.errors import InputError, to_line
 from pss_composer.progress import Progress, count_batches
 from pss_composer.training.builders import (
     build_algorithms,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from pss_composer.errors import InputError, find_broken
+from pss_composer.checks import find_broken
+from pss_composer.errors import InputError
 
 # ImageNet's, from timm.data, which is slow to import
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

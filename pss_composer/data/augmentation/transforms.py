@@ -19,11 +19,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+from pss_composer.checks import raise_errors
 from pss_composer.data.augmentation.decoding import decode_pil, decode_tensor
 from pss_composer.data.augmentation.operations import FASTER, brightness, contrast
 from pss_composer.data.augmentation.randomness import seeded, seeded_python
 from pss_composer.data.augmentation.settings import Augmentation
-from pss_composer.errors import raise_errors
 
 Picture = bytes | Image.Image
 Transform = Callable[[Picture, int], Tensor]

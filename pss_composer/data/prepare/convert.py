@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from pss_composer.checks import raise_errors
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
 from pss_composer.data.prepare.settings import ConversionSettings
 from pss_composer.data.prepare.shards import Job, run_workers
 from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store, open_store
-from pss_composer.errors import InputError, raise_errors
+from pss_composer.errors import InputError
 from pss_composer.locks import FolderLock
 
 FORMAT = 1  # another number makes other shards of the same images

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pss_composer.errors import InputError, find_broken
+from pss_composer.checks import find_broken
+from pss_composer.errors import InputError
 
 UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 MAX_SHARD_SIZE = 2**30  # bytes; MDS counts them with 32 bits
