@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.step_time import describe_machine, positive_int, print_table
-from pss_composer.checkpoints import LATEST
+from pss_composer.checkpoints.reading import LATEST
 from pss_composer.evaluation import KEEP_RATES
 from pss_composer.evaluation.measuring import evaluate_run
 from pss_composer.evaluation.runs import load_run, read_metrics, training_seconds
