@@ -58,7 +58,7 @@ def test_report_finds_pictures_that_cannot_be_written_before_it_evaluates(out, r
     monkeypatch.delattr(commands, "format_table")
     with pytest.raises(SystemExit) as exit_info:
         main(["report", str(runs / "digits_pss"), "--out", out.format(tmp=tmp_path)])
-    assert exit_info.value.code.startswith("error: --out must be a place that can be written, '")
+    assert exit_info.value.code.startswith("error: --out must be a place that can be written, got '")
     assert "\n" not in exit_info.value.code
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -70,6 +70,6 @@ def test_reconstruct_finds_a_picture_that_cannot_be_written_before_it_draws(out,
     monkeypatch.delattr(commands, "plot_reconstruction")
     with pytest.raises(SystemExit) as exit_info:
         main(["reconstruct", str(runs / "pretrain"), "--out", out.format(tmp=tmp_path)])
-    assert exit_info.value.code.startswith("error: --out must be a place that can be written, '")
+    assert exit_info.value.code.startswith("error: --out must be a place that can be written, got '")
     assert "\n" not in exit_info.value.code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
