@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_data_commands(add_command)
     options = parser.parse_args(arguments)
     # an error names an argument of a function, which has a name of its own on the command line, or a key of a recipe
-    typed = {action.dest: str((action.option_strings or [action.metavar])[0])
+    typed = {action.dest: action.option_strings[0] if action.option_strings else str(action.metavar)
              for action in commands.choices[options.command]._actions}
     with exit_on_input_error(debug="debug" in options), name_keys(lambda key: typed.get(key, key)):
         options.function(options)

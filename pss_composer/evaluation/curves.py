@@ -77,11 +77,13 @@ def _split(means: Mapping[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _finish(axes: Axes, title: str, *, ylabel: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.set_title(wrap_text(title, axes.figure.get_figwidth() - 1), fontsize=FONT_SIZE, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED)
     axes.grid(color=GRID, linewidth=0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=FONT_SIZE)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from composer.core import DataSpec
@@ -17,6 +18,7 @@ from pss_composer.evaluation import KEEP_RATES
 from pss_composer.evaluation.figures import CHARACTERS_PER_INCH, FONT_SIZE, INK, WRONG, make_figure, wrap_text
 from pss_composer.evaluation.runs import Run
 from pss_composer.pretraining.masking import draw_masks
+from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.training.builders import build_data
 
 TINT = (0.72, 0.82, 0.95)
@@ -65,7 +67,7 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
         path: The picture to write.
         num_images: Images, one per column: the first ones.
     """
-    model, recipe = run.model.eval(), run.recipe
+    model, recipe = cast(SimMIM, run.model.eval()), run.recipe
     data = build_data(recipe, "val")
     images = data.batch_transforms(next(iter(data.dataloader)))[0][:num_images].to(next(model.parameters()).device)
     data.dataloader.close()

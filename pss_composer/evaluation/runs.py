@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from composer.models import ComposerModel
@@ -107,7 +107,7 @@ def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 
 def _read_recipe(path: Path) -> Recipe:
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
+        return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path))))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
                          key="run") from error
