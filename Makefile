@@ -2,14 +2,16 @@
 # make demo-pretrain    pre-train on the digits, fine-tune under PSS from that and from scratch, print a table and draw;
 #              with DATASET=FashionMNIST on that data set of torchvision (or another with ten classes), downloaded into
 #              data/torchvision, or read from the folder DATA=FOLDER, where torchvision has stored it
-# make test    run the tests
+# make test    run the tests; make test-quick leaves out those that are slow
+# make lint    ruff and the type checker
+# make test-package    build wheel and sdist and try both
 # Each sets up a virtual environment in .venv first, unless it is there and up to date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-pretrain test lint clean
+.PHONY: setup demo demo-pretrain test test-quick test-package lint clean
 
 setup: $(READY)
 
@@ -26,7 +28,7 @@ demo: $(READY)
 	@echo "== 2/3 Training digits_pss.yaml: the same under PSS"
 	$(BIN)/composer train.py yamls/digits_pss.yaml save_overwrite=true
 	@echo "== 3/3 Evaluating both at every keep rate, drawing the pictures into demo/"
-	$(BIN)/python -m pss_composer report runs/digits runs/digits_pss --out demo
+	$(BIN)/pss report runs/digits runs/digits_pss --out demo
 
 # Fashion-MNIST has 42 times as many images: few epochs make as many batches, and a cycle is to be as many of them
 OTHER_DATA := data.name=torchvision data.dataset=$(DATASET) data.path=$(or $(DATA),data/torchvision) data.download=true
@@ -43,16 +45,32 @@ demo-pretrain: $(READY)
 	@echo "== 3/5 The same from scratch"
 	$(BIN)/composer train.py yamls/digits_finetune_pss.yaml run_name=from_scratch save_overwrite=true $(FINETUNE_DATA)
 	@echo "== 4/5 Evaluating both at every keep rate, drawing pictures into demo-pretrain/"
-	$(BIN)/python -m pss_composer report runs/from_scratch runs/from_pretraining --out demo-pretrain
+	$(BIN)/pss report runs/from_scratch runs/from_pretraining --out demo-pretrain
 	@echo "== 5/5 Drawing what the pre-trained model paints into masked patches"
-	$(BIN)/python -m pss_composer reconstruct runs/$(PRETRAINED) --out demo-pretrain/reconstruction.png
+	$(BIN)/pss reconstruct runs/$(PRETRAINED) --out demo-pretrain/reconstruction.png
 
+# files in the order of their names, but the long one first; each worker takes whole files
 test: $(READY)
 	@echo "== Running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: $(READY)
+	@echo "== Running the quick tests"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# what a user gets: wheel and sdist, the wheel in an environment of its own and away from the repository (5 minutes)
+test-package: $(READY)
+	rm -rf build dist .package && mkdir .package
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .package/venv
+	.package/venv/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd .package && venv/bin/pss --version && venv/bin/pss train digits_pss max_duration=1ep && venv/bin/pss evaluate runs/digits_pss
+	tar -xzf dist/*.tar.gz -C .package
+	cd .package/pss_composer-* && ../../$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 clean:
-	rm -rf .venv runs demo demo-pretrain data *.egg-info
+	rm -rf .venv .package build dist runs demo demo-pretrain data *.egg-info

@@ -43,5 +43,5 @@ def make_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise InputError("pictures need matplotlib: pip install 'pss-composer[report]'") from None
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")

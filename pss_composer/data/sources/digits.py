@@ -23,7 +23,7 @@ HELD_OUT = 5  # every fifth image is held out
 def open_images(request: Request) -> StreamingImages:
     """The shards of a split, written first if they are not there."""
     request.require_classes(NUM_CLASSES, "digits")
-    prepare_digits(Path(request.settings.path))
+    prepare_digits(request.path)
     return open_shards(request, request.find_split(), remote=None)
 
 
@@ -89,7 +89,7 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("must not be digits without scikit-learn: pip install 'pss-composer[digits]'",
+        raise InputError("must not be digits without scikit-learn: pip install scikit-learn",
                          key="name") from None
     digits = load_digits()
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
