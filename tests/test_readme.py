@@ -53,6 +53,7 @@ def read_header(name):
 # --- code and commands ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, code", blocks("python"))
 def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one saves a checkpoint
@@ -123,6 +124,7 @@ def test_every_variant_is_an_override():
             load_recipe(ROOT / "yamls" / "simmim_vitb_pss.yaml", variant.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["composer_recipe", "plain_pytorch"])
 def test_examples_run(name, capsys):
     source = (ROOT / "examples" / f"{name}.py").read_text()
