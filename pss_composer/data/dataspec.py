@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -11,6 +12,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from pss_composer.checks import raise_errors
 from pss_composer.data.augmentation.device import DeviceTransform
 from pss_composer.data.augmentation.settings import Augmentation
 from pss_composer.data.augmentation.transforms import build_transform
@@ -18,7 +20,7 @@ from pss_composer.data.loader import EpochSampler, Loader
 from pss_composer.data.samples import Collate
 from pss_composer.data.settings import DataSettings
 from pss_composer.data.sources import Request
-from pss_composer.errors import InputError, raise_errors
+from pss_composer.errors import InputError
 
 
 def build_dataspec(
@@ -128,10 +130,11 @@ def _build_batch_transform(
     return to_input
 
 
-def _count(dataset: Dataset) -> int:
-    return dataset.size if isinstance(dataset, IterableDataset) else len(dataset)
+def _count(dataset: Any) -> int:
+    """The images of a dataset, whose length may be the share of one device."""
+    return dataset.size if hasattr(dataset, "size") else len(dataset)
 
 
-def _split_batch(batch: Sequence[Tensor], microbatch_size: int) -> list[tuple[Tensor, ...]]:
+def _split_batch(batch: Sequence[Tensor], microbatch_size: int | float) -> list[tuple[Tensor, ...]]:
     # Composer's own warns about every last batch that is smaller than a microbatch
-    return list(zip(*(tensor.split(microbatch_size) for tensor in batch), strict=True))
+    return list(zip(*(tensor.split(int(microbatch_size)) for tensor in batch), strict=True))

@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pss_composer.errors import InputError, find_broken
+from pss_composer.checks import find_broken
+from pss_composer.errors import InputError
 
 SOURCES = tuple(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("sources"))]))
 ON_BAD_SAMPLE = ("raise", "skip")

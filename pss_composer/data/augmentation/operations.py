@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +19,22 @@ from timm.data import auto_augment
 Operation = Callable[..., Image.Image]
 
 
-def shear_x(image: Image.Image, factor: float, **options: object) -> Image.Image:
+def shear_x(image: Image.Image, factor: float, **options: Any) -> Image.Image:
     """Move row y by `factor` × (y + 0.5) pixels to the left."""
     return _move_rows(image, factor, 0.0, **options)
 
 
-def shear_y(image: Image.Image, factor: float, **options: object) -> Image.Image:
+def shear_y(image: Image.Image, factor: float, **options: Any) -> Image.Image:
     """Move column x by `factor` × (x + 0.5) pixels upwards."""
     return _transpose(_move_rows(_transpose(image), factor, 0.0, **options))
 
 
-def translate_x_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
+def translate_x_rel(image: Image.Image, pct: float, **options: Any) -> Image.Image:
     """Move the image by the share `pct` of its width to the left."""
     return _move_rows(image, 0.0, pct * image.width, **options)
 
 
-def translate_y_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
+def translate_y_rel(image: Image.Image, pct: float, **options: Any) -> Image.Image:
     """Move the image by the share `pct` of its height upwards."""
     return _transpose(_move_rows(_transpose(image), 0.0, pct * image.height, **options))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from pss_composer.checks import raise_errors
 from pss_composer.data.augmentation.decoding import decode_pil, decode_tensor
-from pss_composer.data.augmentation.operations import FASTER, brightness, contrast
+from pss_composer.data.augmentation.operations import FASTER, Operation, brightness, contrast
 from pss_composer.data.augmentation.randomness import seeded, seeded_python
 from pss_composer.data.augmentation.settings import Augmentation
 
@@ -64,21 +65,20 @@ class TimmTransform:
 
     def __init__(self, augmentation: Augmentation, image_size: int, *, is_random: bool) -> None:
         a = augmentation
-        self.transform = create_transform(
-            image_size,
-            is_training=is_random,
-            scale=tuple(a.scale),
-            ratio=tuple(a.ratio),
-            hflip=a.hflip,
-            color_jitter=a.color_jitter or None,
-            auto_augment=a.rand_augment,
-            interpolation=a.interpolation if is_random else _choose_for_evaluation(a),
-            mean=tuple(a.mean),
-            std=tuple(a.std),
-            re_prob=a.random_erasing,
-            re_mode="pixel",
-            crop_pct=a.crop_pct,
-        )
+        options: dict[str, Any] = {
+            "scale": tuple(a.scale),
+            "ratio": tuple(a.ratio),
+            "hflip": a.hflip,
+            "color_jitter": a.color_jitter or None,
+            "auto_augment": a.rand_augment,
+            "interpolation": a.interpolation if is_random else _choose_for_evaluation(a),
+            "mean": tuple(a.mean),
+            "std": tuple(a.std),
+            "re_prob": a.random_erasing,
+            "re_mode": "pixel",
+            "crop_pct": a.crop_pct,
+        }
+        self.transform = create_transform(image_size, is_training=is_random, **options)
 
     def __call__(self, picture: Picture, seed: int) -> Tensor:
         image = decode_pil(picture) if isinstance(picture, bytes) else picture.convert("RGB")
@@ -161,13 +161,14 @@ class FastTraining:
         if weights is None:
             return random.choices(operations, k=self.rand_augment.num_layers)
         generator = np.random.default_rng(random.getrandbits(64))
-        chosen = generator.choice(len(operations), self.rand_augment.num_layers, replace=False, p=weights)
+        chosen = generator.choice(np.arange(len(weights)), self.rand_augment.num_layers, replace=False, p=weights)
         return [operations[index] for index in chosen]
 
     def _jitter(self, image: Image.Image) -> Image.Image:
         """As torchvision's ColorJitter does: three adjustments by random factors, in random order."""
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
-        for adjust in random.sample((brightness, contrast, auto_augment.color), 3):
+        adjustments: tuple[Operation, ...] = (brightness, contrast, auto_augment.color)
+        for adjust in random.sample(adjustments, 3):
             image = adjust(image, random.uniform(low, high))
         return image
 

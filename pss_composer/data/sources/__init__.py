@@ -48,12 +48,17 @@ class Request:
     seed: int
     on_bad_sample: str
 
+    @property
+    def path(self) -> Path:
+        """The setting `path`."""
+        assert self.settings.path is not None, "DataSettings.check finds this first"
+        return Path(self.settings.path)
+
     def find_folder(self) -> Path:
         """The folder `path`; an `InputError` if it does not exist."""
-        path = self.settings.path
-        if path is None or not os.path.isdir(path):
-            raise InputError(f"must be a folder, got {path!r}, which is not one", key="path")
-        return Path(path)
+        if not os.path.isdir(self.path):
+            raise InputError(f"must be a folder, got {str(self.path)!r}, which is not one", key="path")
+        return self.path
 
     def find_split(self) -> Path:
         """The folder of the split in `path`; an `InputError` if it does not exist, is empty, or cannot be read."""
@@ -64,7 +69,7 @@ class Request:
             raise InputError(f"must hold folders that can be read, got {str(folder)!r}: {error.strerror}",
                              key="path") from error
         if not is_there:
-            raise InputError(f"must hold a folder {self.split!r} with images, got none in {self.settings.path!r}",
+            raise InputError(f"must hold a folder {self.split!r} with images, got none in {str(self.path)!r}",
                              key="path")
         return folder
 
@@ -77,7 +82,7 @@ class Request:
 class Pictures(Dataset):
     """A map-style dataset whose augmentation depends on seed, epoch, index and view alone.
 
-    A subclass has `__len__`; `read(index)`, the picture and its label; and `name(index)`, its name in messages.
+    A subclass has a length, `read(index)`, the picture and its label, and `name(index)`, its name in messages.
 
     Args:
         request: What the source is asked for.
@@ -87,6 +92,9 @@ class Pictures(Dataset):
         self.transform = request.transform
         self.seed = request.seed
         self.on_bad_sample = request.on_bad_sample
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def read(self, index: int) -> tuple[Picture, int]:
         raise NotImplementedError

@@ -13,7 +13,7 @@ def open_images(request: Request) -> StreamingImages:
     settings = request.settings
     if settings.remote is None:
         return open_shards(request, request.find_split(), remote=None)
-    cache = Path(settings.local or settings.path) / request.split
+    cache = (Path(settings.local) if settings.local else request.path) / request.split
     return open_shards(request, cache, remote=f"{settings.remote.rstrip('/')}/{request.split}")
 
 

@@ -7,7 +7,6 @@ import contextlib
 import numpy as np
 from composer.utils import dist
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision import datasets
 
 from pss_composer.data.augmentation.decoding import BadImage
@@ -18,19 +17,17 @@ from pss_composer.errors import InputError, to_line
 
 def open_images(request: Request) -> TorchvisionImages:
     """A split of the data set, which torchvision downloads first if it is asked to and the files are not there."""
-    settings = request.settings
-    download = {"download": True} if settings.download else {}
-    path = settings.path if settings.download else str(request.find_folder())
-    split = TORCHVISION_SPLITS[settings.dataset][request.split == "val"]
+    name, download = str(request.settings.dataset), {"download": True} if request.settings.download else {}
+    path = str(request.path if download else request.find_folder())
+    split = TORCHVISION_SPLITS[name][request.split == "val"]
     try:
         # of the processes of a machine one downloads, and the others wait
         with dist.run_local_rank_zero_first() if download else contextlib.nullcontext():
-            dataset = getattr(datasets, settings.dataset)(path, **split, **download)
+            dataset = getattr(datasets, name)(path, **split, **download)
     except Exception as error:  # torchvision's classes have no common one for files that are missing or broken
-        if settings.download:
-            raise InputError(f"must get {settings.dataset} into {path!r}, got {_describe(error)}",
-                             key="download") from error
-        raise InputError(f"must hold {settings.dataset} as torchvision stores it (or set download=true), "
+        if download:
+            raise InputError(f"must get {name} into {path!r}, got {_describe(error)}", key="download") from error
+        raise InputError(f"must hold {name} as torchvision stores it (or set download=true), "
                          f"got {path!r}: {_describe(error)}", key="path") from error
     return TorchvisionImages(request, dataset)
 
@@ -46,7 +43,7 @@ class TorchvisionImages(Pictures):
         InputError: No images, not as many labels as images, or more classes than the model distinguishes.
     """
 
-    def __init__(self, request: Request, dataset: Dataset) -> None:
+    def __init__(self, request: Request, dataset: datasets.VisionDataset) -> None:
         super().__init__(request)
         self.dataset = dataset
         self.classes = list(getattr(dataset, "classes", ()))
@@ -74,7 +71,7 @@ class TorchvisionImages(Pictures):
         return f"image {index} of {self.title}"
 
 
-def _find_labels(dataset: Dataset) -> np.ndarray | None:
+def _find_labels(dataset: datasets.VisionDataset) -> np.ndarray | None:
     """The labels (N,) of all images, or None if the data set does not hold them."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(dataset, name):
