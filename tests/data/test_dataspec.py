@@ -21,9 +21,10 @@ from support.sources import (
     write_shards,
 )
 
+from pss_composer.checks import name_keys
 from pss_composer.data.augmentation.settings import Augmentation
 from pss_composer.data.sources.digits import write_images
-from pss_composer.errors import InputError, name_keys
+from pss_composer.errors import InputError
 
 ALL = ("synthetic", "folder", "streaming", "torchvision")
 
