@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.step_time import NUM_WARMUP_ROUNDS, describe_machine, positive_int, print_table, wait_for
 from pss_composer import PatchSampler, apply_patch_sampling
 from pss_composer.evaluation import KEEP_RATES
-from pss_composer.models.shape import SIZES, ViTShape
+from pss_composer.models.shape import SIZES
 from pss_composer.pretraining.masking import draw_masks
 from pss_composer.pretraining.simmim import SimMIM, build_encoder
 from pss_composer.pretraining.stratified import StratifiedSampler

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from pss_composer import apply_patch_sampling
 from pss_composer.evaluation import KEEP_RATES
 from pss_composer.evaluation.measuring import count_flops
-from pss_composer.models.classifier import SIZES, vit_arguments
+from pss_composer.models.shape import SIZES, ViTShape
 from pss_composer.sampling import num_keep
 
 NUM_CLASSES = 1000
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 def build_vit(name: str, size: str, image_size: int, *, has_bias: bool = True) -> nn.Module:
     """The plain timm ViT behind `DeiT` or `SimMIMClassifier`, without stochastic depth, in training mode."""
-    arguments = vit_arguments(size, image_size=image_size, patch_size=16, num_classes=NUM_CLASSES, drop_path=0.0)
+    arguments = ViTShape(size, image_size=image_size, num_classes=NUM_CLASSES, drop_path=0.0).to_timm()
     if name == "deit":
         return VisionTransformer(**arguments)
     return Beit(**arguments, use_abs_pos_emb=False, use_rel_pos_bias=has_bias, init_values=0.1, global_pool="avg")
