@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.step_time import NUM_WARMUP_ROUNDS, describe_machine, positive_int, print_table, wait_for
 from pss_composer import PatchSampler, apply_patch_sampling
 from pss_composer.evaluation import KEEP_RATES
-from pss_composer.models.shape import SIZES
+from pss_composer.models.shape import SIZES, ViTShape
 from pss_composer.pretraining.masking import draw_masks
 from pss_composer.pretraining.simmim import SimMIM, build_encoder
 from pss_composer.pretraining.stratified import StratifiedSampler
@@ -40,7 +40,7 @@ class Learner:
 
     def __init__(self, size: str, is_sampled: bool, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model = SimMIM(build_encoder(size, drop_path=0.0)).to(device)
+        self.model = SimMIM(build_encoder(ViTShape(size, drop_path=0.0))).to(device)
         self.sampler: PatchSampler | None = apply_patch_sampling(self.model) if is_sampled else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.generator = torch.Generator(device).manual_seed(0)
