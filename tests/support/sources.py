@@ -53,6 +53,34 @@ def write_mnist(path, num_images=NUM_IMAGES, dataset="FashionMNIST"):
     return folder
 
 
+def write_signs(folder):
+    """GTSRB: class folders for training, a table for evaluation."""
+    for split, seed in {"train": 0, "val": 1}.items():
+        rows = ["Filename;ClassId"]
+        for index, (image, label) in enumerate(zip(*random_images(NUM_IMAGES, seed), strict=True)):
+            test_folder = folder / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
+            train_folder = folder / "gtsrb" / "GTSRB" / "Training" / f"{label:05}"
+            path = (train_folder if split == "train" else test_folder) / f"{index:05}.ppm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            rows.append(f"{path.name};{label}")
+        (folder / "gtsrb" / "GT-final_test.csv").write_text("\n".join(rows))
+
+
+def write_pets(folder):
+    """OxfordIIITPet: a list of images for each split, `trainval` and `test`; the labels begin at 1."""
+    folder = folder / "oxford-iiit-pet"
+    for name in ("images", "annotations"):
+        (folder / name).mkdir(parents=True)
+    for split, seed in {"trainval": 0, "test": 1}.items():
+        rows = []
+        for index, (image, label) in enumerate(zip(*random_images(NUM_IMAGES, seed), strict=True)):
+            Image.fromarray(image).save(folder / "images" / f"breed{label}_{split}{index}.jpg", "PNG")
+            rows.append(f"breed{label}_{split}{index} {label + 1} 1 1")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(rows))
+    return folder
+
+
 def build(name, path, split="train", *, augmentation=None, num_workers=0, **options):
     """The batches of a source; `options` are data settings or arguments of `build_dataspec`."""
     arguments = {"image_size": IMAGE_SIZE, "num_classes": 10, "batch_size": 8, "seed": 3}
