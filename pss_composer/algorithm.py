@@ -35,7 +35,7 @@ class PatchSamplingSchedule(Algorithm):
         eval_keep_rate: Keep rate of evaluation and prediction, in (0, 1].
 
     Raises:
-        TypeError: When the trainer starts: a model that is no supported ViT.
+        TypeError: When the trainer starts: a model that is not a supported ViT.
         ValueError: A bad argument; when training starts: a schedule that does not fit the trainer's `max_duration`.
 
     Example:
@@ -54,7 +54,7 @@ class PatchSamplingSchedule(Algorithm):
             raise ValueError(f"schedule must be a schedule or a function of training progress, got {schedule!r}")
         self.sampler = sampler
         self.eval_keep_rate = eval_keep_rate
-        PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # a bad argument is told here, not at INIT
+        PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # so that a bad argument raises here, not at INIT
 
     def __repr__(self) -> str:
         return (f"PatchSamplingSchedule(schedule={describe(self.schedule)}, sampler={describe(self.sampler)}, "
@@ -79,12 +79,12 @@ class PatchSamplingSchedule(Algorithm):
             self._num_tokens = self._patch_sampler.num_tokens
         else:
             metrics: dict[str, Any] = {"pss/keep_rate": self._patch_sampler.keep_rate, "pss/tokens": self._num_tokens}
-            # the step of the batch's loss; the timestamp is that of the next batch already
+            # the step at which Composer logs the batch's loss; the timestamp already counts this batch
             logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
 
 
 def read_progress(state: State) -> Progress:
-    """Training progress by the batches of a trainer's state, whatever the unit of its `max_duration`.
+    """Training progress in batches, whatever the unit of `max_duration`.
 
     Composer's own `state.get_elapsed_duration()` stands still for a whole epoch when `max_duration` is in epochs.
 

@@ -54,13 +54,13 @@ def check_time(time: str, key: str, units: Sequence[str] = UNITS, *, is_zero_all
 class Progress(float):
     """The share of training that is done, in [0, 1]: a float that also knows its batches.
 
-    A schedule of one's own may be as short as `lambda progress: 0.2 + 0.8 * progress`.
+    A schedule of your own may be as short as `lambda progress: 0.2 + 0.8 * progress`.
 
     Args:
         batch: Batches trained so far, counted from the start of training.
         total_batches: Batches in the whole of training.
         batches_per_epoch: Batches in one epoch; None when the data has no length.
-        samples_per_batch: Samples in one (global) batch; None when not known.
+        samples_per_batch: Samples in one (global) batch; None when it is not known.
     """
 
     batch: int

@@ -1,4 +1,4 @@
-"""Which patch tokens stay: samplers, the gather, and the module that stands in a model's slot.
+"""Which patch tokens stay: samplers, the gather, and the module in a model's slot.
 
 A sampler is a function `(tokens, k) -> keep_indices` from patch tokens (B, N, C), without prefix tokens, to the
 int64 indices (B, k) of those that stay, each at most once per image, in any order.
@@ -58,7 +58,7 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
 
 
 def describe(setting: object) -> str:
-    """A `repr` that holds no memory address: of a function, and of an object without its own, the dotted name."""
+    """A `repr` without memory addresses: a function, or an object that has no `repr` of its own, is its dotted name."""
     owner = setting if hasattr(setting, "__qualname__") else type(setting)
     has_address = " at 0x" in repr(setting)
     return f"{owner.__module__}.{owner.__qualname__}" if has_address or owner is setting else repr(setting)
@@ -96,7 +96,7 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 class PatchSampler(nn.Module):
-    """Keeps a share of an image's patch tokens; the module that `apply_patch_sampling` puts into a model's slot.
+    """Keeps a share of an image's patch tokens; the module that `apply_patch_sampling` puts into a model.
 
     It has no parameters or buffers, so a model's checkpoint is the same with and without it. While every token is
     kept, it returns its input itself.
@@ -132,7 +132,7 @@ class PatchSampler(nn.Module):
         self.configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
 
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
-        """Set all that can be chosen, as in the constructor."""
+        """Set the sampler and both keep rates, as the constructor does."""
         self._sample = resolve_sampler(sampler)
         self.sampler = sampler
         self.keep_rate = keep_rate
@@ -156,7 +156,7 @@ class PatchSampler(nn.Module):
 
     @contextmanager
     def evaluating_at(self, keep_rate: float) -> Iterator[None]:
-        """Evaluate at another keep rate within the block; afterwards `eval_keep_rate` is what it was."""
+        """Set another `eval_keep_rate` within the block, and the old one again after it."""
         before = self.eval_keep_rate
         self.eval_keep_rate = keep_rate
         try:
@@ -182,7 +182,7 @@ class PatchSampler(nn.Module):
         return gather_tokens(tokens, self._to_positions(keep_indices))
 
     def kept_positions(self) -> Tensor | None:
-        """Where the tokens of the last forward pass stood in its input: (B, P + k), or None if all were kept."""
+        """Positions of the kept tokens in the input of the last forward pass: (B, P + k), or None if all were kept."""
         return None if self.keep_indices is None else self._to_positions(self.keep_indices)
 
     def _to_positions(self, keep_indices: Tensor) -> Tensor:

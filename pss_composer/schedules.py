@@ -120,7 +120,7 @@ class Ramp(ABC):
 
 @dataclass(frozen=True)
 class Linear(Ramp):
-    """From `start` to `end` in a straight line; in the cooldown at `end`. The arguments are those of `Ramp`."""
+    """From `start` to `end` in a straight line; at `end` in the cooldown. The arguments are those of `Ramp`."""
 
     name: ClassVar[str] = "linear"
 
@@ -134,7 +134,7 @@ class Linear(Ramp):
 
 @dataclass(frozen=True)
 class Cosine(Ramp):
-    """From `start` to `end` along half a cosine; in the cooldown, and in the batch before it, at `end`.
+    """From `start` to `end` along half a cosine; at `end` in the cooldown and in the batch before it.
 
     The arguments are those of `Ramp`.
     """
@@ -151,7 +151,7 @@ class Cosine(Ramp):
 
 @dataclass(frozen=True)
 class Cyclic(Ramp):
-    """From `start` to `end` and back in every period; in the cooldown at ρ = 1. The paper's schedule.
+    """From `start` to `end` and back in every period; at ρ = 1 in the cooldown. The paper's schedule.
 
     The paper writes Cyclic(0.2, 1.0) for what is `Cyclic(start=0.2, end=1.1)` here.
 
@@ -175,14 +175,14 @@ class Cyclic(Ramp):
             return 0.0
         period = progress.num_batches(self.period)
         batch = progress.batch % period
-        # the nearer end first and one division: both halves of a cycle then round alike
+        # counted from the nearer end, with one division: so both halves of a cycle round alike
         share = 2 * min(batch, period - batch) / period
         return _interpolate(_drop_rate(self.start), _drop_rate(self.end), share)
 
 
 @dataclass(frozen=True)
 class Piecewise:
-    """A staircase: from each milestone on, its keep rate.
+    """A keep rate that changes at milestones and stays the same in between.
 
     Args:
         milestones: Pairs (time, keep rate), the first at 0, like `[("0ep", 0.4), ("20ep", 0.6), ("0.9dur", 1.0)]`.

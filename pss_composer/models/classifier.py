@@ -1,4 +1,4 @@
-"""What the classifiers have in common: loss, metrics, and the blocks that FSDP and checkpointing wrap."""
+"""What all classifiers share: loss, metrics, and the blocks that FSDP and activation checkpointing wrap."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ViTClassifier(ComposerClassifier):
             # torch's own takes soft targets; Composer's soft_cross_entropy adds checks that wait for the GPU
             loss_fn=cross_entropy,
         )
-        # Composer asks the ComposerModel's children, not itself
+        # Composer looks for these at the children of a ComposerModel
         vit.fsdp_wrap_fn = is_block
         vit.activation_checkpointing_fn = is_block
 
@@ -49,6 +49,6 @@ class ViTClassifier(ComposerClassifier):
 
     def update_metric(self, batch: tuple[Tensor, Tensor], outputs: Tensor, metric: Metric) -> None:
         _, targets = batch
-        if targets.ndim == 2:  # under mixup and cutmix the larger part of the label counts
+        if targets.ndim == 2:  # under mixup and CutMix, the class with the larger share counts
             targets = targets.argmax(dim=1)
         metric.update(outputs, targets)

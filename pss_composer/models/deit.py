@@ -15,10 +15,10 @@ class DeiT(ViTClassifier):
     """timm's DeiT at any size.
 
     Args:
-        shape: Its sizes; None is DeiT-S.
+        shape: The sizes of the model; None is DeiT-S.
         is_distilled: A distillation token and a second head; the logits are the mean of both heads.
         relative_position_bias: The ViT of the paper's DeiT runs under PSS: a relative position bias in every block
-            and mean pooling, beside the absolute positions. timm has it as `Beit`.
+            and mean pooling, beside the absolute positions. It is timm's `Beit`.
 
     Raises:
         InputError: Sizes that break a rule, or both options at once.

@@ -1,4 +1,4 @@
-"""The shape of a ViT: the one place of its sizes, their defaults and their rules."""
+"""The sizes of a ViT, with their defaults and rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = {
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
-MAX_WEIGHTS = 10**11  # a larger model is a slip of the hand, and fails only when its memory is asked for
+MAX_WEIGHTS = 10**11  # more is a typing error, which would fail only when the memory is allocated
 
 
 @dataclass
@@ -27,9 +27,9 @@ class ViTShape:
         patch_size: Height and width of a patch in pixels.
         num_classes: Classes of the head.
         drop_path: Stochastic depth rate of the last block, in [0, 1).
-        embed_dim: Another width than the size's.
-        depth: Another number of blocks than the size's.
-        num_heads: Another number of heads than the size's.
+        embed_dim: Width, in place of the size's.
+        depth: Number of blocks, in place of the size's.
+        num_heads: Number of heads, in place of the size's.
     """
 
     size: str = "small"

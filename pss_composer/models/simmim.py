@@ -15,7 +15,7 @@ class SimMIMClassifier(ViTClassifier):
     published fine-tuning files.
 
     Args:
-        shape: Its sizes; None is ViT-B.
+        shape: The sizes of the model; None is ViT-B.
 
     Raises:
         InputError: Sizes that break a rule.

@@ -1,4 +1,4 @@
-"""Which patches SimMIM masks: the draw, and the algorithm that makes it for every batch."""
+"""SimMIM's masks: how they are drawn, and the algorithm that draws one for every batch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pss_composer.seeds import derive_seed
 def draw_masks(
     num_images: int, grid_size: tuple[int, int], *, unit: int = 2, ratio: float = 0.6, generator: torch.Generator
 ) -> Tensor:
-    """Random masks of whole units, in each image of as many: SimMIM's.
+    """Draw SimMIM's random masks: the same number of whole units in each image.
 
     Args:
         num_images: Images, B.
         grid_size: Height and width of an image in patches, multiples of `unit`.
-        unit: Height and width in patches of what is masked or left whole.
+        unit: Height and width in patches of a unit, which is masked or visible as a whole.
         ratio: Share of the units that are masked, in (0, 1], rounded up to the next unit.
         generator: Where the random numbers come from; the masks are on its device.
 
@@ -40,12 +40,12 @@ def draw_masks(
 
 
 class PatchMasking(Algorithm):
-    """Draws the mask of every batch for `models.SimMIM` (Xie et al. 2022, https://arxiv.org/abs/2111.09886).
+    """Draws the mask of every batch for `SimMIM` (Xie et al. 2022, https://arxiv.org/abs/2111.09886).
 
-    Runs on `Event.BATCH_START`, and on the same event of evaluation and prediction, where it makes a batch of images,
-    with or without labels, a pair of images (B, 3, H, W) and mask (B, H / p, W / p) bool. Masks are drawn on the device
-    and depend on seed, batch and rank: a run that resumes on as many processes of the same kind sees the masks that it
-    would have seen, and every evaluation sees the same ones.
+    Runs on `Event.BATCH_START`, and on the same event of evaluation and prediction, where it turns a batch of images,
+    with or without labels, into a pair of images (B, 3, H, W) and mask (B, H / p, W / p) bool. Masks are drawn on the
+    device and depend on seed, batch and rank: a run that resumes on the same number of processes and kind of device sees
+    the same masks as without the stop, and every evaluation sees the same masks.
 
     Args:
         unit: Height and width in pixels of the squares that are masked, a multiple of the patch size.
@@ -53,7 +53,7 @@ class PatchMasking(Algorithm):
 
     Raises:
         ValueError: A ratio outside (0, 1]; when the trainer starts: images that do not divide into units.
-        TypeError: When the trainer starts: a model that is no SimMIM.
+        TypeError: When the trainer starts: a model that is not a SimMIM.
 
     Example:
         >>> trainer = Trainer(model=SimMIM(build_encoder("base")), algorithms=[PatchMasking()], ...)

@@ -21,7 +21,7 @@ from pss_composer.sampling import PatchSampler, gather_tokens
 
 
 class Reconstruction(NamedTuple):
-    """What `SimMIM` makes of a batch.
+    """The output of `SimMIM` for a batch.
 
     Args:
         pixels: Values of the k patches that the encoder saw, (B, k, 3 * patch_size ** 2): channel by channel, each row
@@ -34,7 +34,7 @@ class Reconstruction(NamedTuple):
 
 
 class MaskTokens(nn.Module):
-    """Puts a learned token in the place of every masked patch token; it stands in the slot `patch_embed.norm`.
+    """Puts a learned token in the place of every masked patch token; it is in the slot `patch_embed.norm`.
 
     Args:
         embed_dim: Width of a token, C.
@@ -88,7 +88,7 @@ class SimMIM(ComposerModel):
         patch_embed.norm = MaskTokens(encoder.embed_dim)
         self.encoder = encoder
         self.decoder = nn.Linear(encoder.embed_dim, 3 * self.patch_size**2)
-        # Composer asks the ComposerModel's children, not itself
+        # Composer looks for these at the children of a ComposerModel
         for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
             setattr(encoder, name, is_block)
         self._masked_l1 = MeanMetric()
@@ -132,7 +132,7 @@ class SimMIM(ComposerModel):
         return pixel_unshuffle(images, self.patch_size).flatten(2).transpose(1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """The way back: (B, N, 3 * patch_size ** 2) to images (B, 3, H, W)."""
+        """The inverse of `patchify`: (B, N, 3 * patch_size ** 2) to images (B, 3, H, W)."""
         return pixel_shuffle(patches.transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size), self.patch_size)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
@@ -151,7 +151,7 @@ def build_encoder(shape: ViTShape | None = None) -> Beit:
     """SimMIM's ViT for pre-training: one relative position bias that all blocks share, layer scale 0.1, no positions.
 
     Args:
-        shape: Its sizes, without the number of classes; None is ViT-B.
+        shape: The sizes of the model; the number of classes is not used. None is ViT-B.
 
     Raises:
         InputError: Sizes that break a rule.

@@ -11,8 +11,8 @@ from pss_composer.errors import InputError
 class StratifiedSampler:
     """Keeps a chosen share of masked patches among the tokens that stay, at random within masked and visible ones.
 
-    For masked pre-training, this project's extension: `models.SimMIM` sets `mask` before every forward pass. Where an
-    image has too few patches of one kind, the other kind fills up.
+    For masked pre-training, this project's extension: `SimMIM` sets `mask` before every forward pass. If an image
+    has too few patches of one kind, more of the other kind stay.
 
     Args:
         masked_share: Share of masked patches among the k tokens that stay, in (0, 1]. None is the share in the image,
@@ -39,7 +39,7 @@ class StratifiedSampler:
         mask = self.mask
         if mask is None or mask.shape != (B, N):
             raise ValueError(f"mask must be of shape {(B, N)}, got {None if mask is None else tuple(mask.shape)}: "
-                             "the stratified sampler is for models.SimMIM")
+                             "the stratified sampler is for SimMIM")
         num_masked = mask.sum(dim=1, keepdim=True)
         share = num_masked / N if self.masked_share is None else self.masked_share
         wanted = (share * torch.full_like(num_masked, k)).round().long()

@@ -25,8 +25,8 @@ def apply_patch_sampling(
 ) -> PatchSampler:
     """Make a ViT keep a share of its patch tokens, in place.
 
-    The keys of its state dict stay as they are, and at a keep rate of 1 so do its outputs, bit for bit. Applied
-    again it changes the settings of the sampler that is there.
+    The keys of its state dict stay as they are, and at a keep rate of 1 so do its outputs, bit for bit. A
+    second call changes the settings of the sampler that is there.
 
     Args:
         model: A timm `VisionTransformer` or `Beit`, or any module that contains one (a `ComposerModel`, say).
@@ -39,8 +39,8 @@ def apply_patch_sampling(
         The sampler in the model; assign to its `keep_rate` and `eval_keep_rate` at any time.
 
     Raises:
-        TypeError: No model in it whose slot is known, or more than one.
-        ValueError: A keep rate or sampler that is none, or a model whose slot is taken by timm's `patch_drop_rate`.
+        TypeError: The model contains no ViT with a known slot, or more than one.
+        ValueError: A bad keep rate or sampler, or a model that uses the slot for timm's `patch_drop_rate`.
     """
     samplers = [module for module in model.modules() if isinstance(module, PatchSampler)]
     if len(samplers) > 1:
@@ -54,7 +54,7 @@ def apply_patch_sampling(
         sampler, num_prefix_tokens=cast(int, vit.num_prefix_tokens), keep_rate=keep_rate, eval_keep_rate=eval_keep_rate
     )
     adapter(vit, patch_sampler)
-    # a module is born in training mode, also in a model that is being evaluated
+    # a new module is in training mode, even in a model that is in evaluation mode
     patch_sampler.train(vit.training)
     return patch_sampler
 
@@ -64,7 +64,7 @@ def _find_vit(model: nn.Module) -> tuple[nn.Module, Callable[[Any, PatchSampler]
         (module, adapter)
         for module in model.modules()
         for model_class, adapter in ADAPTERS.items()
-        # who overrides forward_features may leave the slot out, and nothing would be sampled without a word
+        # a subclass with its own forward_features may skip the slot: sampling would then silently do nothing
         if isinstance(module, model_class) and _forward_features(type(module)) is _forward_features(model_class)
     ]
     supported = ", ".join(f"{cls.__module__.split('.')[0]} {cls.__name__}" for cls in ADAPTERS)

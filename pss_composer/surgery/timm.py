@@ -1,7 +1,7 @@
 """timm's ViTs: the slots for a `PatchSampler`, and Beit's relative position bias at the kept tokens.
 
-What a block needs to know of the kept tokens comes to it as an argument, so that activation checkpointing, which
-runs a block again after other forward passes, sees those of its own pass.
+A block gets what it needs to know about the kept tokens as an argument. Activation checkpointing runs a block again
+after other forward passes; it then passes the same argument, so that the block sees the tokens of its own pass.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KeptPairs(nn.Module):
 
     Args:
         sampler: The sampler that ran before.
-        bias: A module of Beit's with a `relative_position_index` and its `window_size`.
+        bias: A module of `Beit` with a `relative_position_index`.
     """
 
     relative_position_index: Tensor
@@ -64,7 +64,7 @@ class KeptPairs(nn.Module):
         self.register_buffer("relative_position_index", index.clone(), persistent=False)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Follow `Beit.set_input_size`."""
+        """Adapt to another input size; `Beit.set_input_size` calls this."""
         index = gen_relative_position_index(window_size, device=self.relative_position_index.device)
         self.register_buffer("relative_position_index", index, persistent=False)
 
@@ -78,7 +78,7 @@ class KeptPairs(nn.Module):
 
 
 class SampledAttention(Attention):
-    """Beit's attention, with its bias at the pairs that the argument for a shared bias brings in."""
+    """Beit's attention with its bias at the kept pairs, which come in as the argument for a shared bias."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         self._pairs = shared_rel_pos_bias
@@ -119,6 +119,6 @@ def gather_bias(table: Tensor, pairs: Tensor) -> Tensor:
     """
     B, T, _ = pairs.shape
     num_heads = table.shape[1]
-    # one head's row of the table after the other: its few kilobytes stay in the cache while B * T * T indices pass
+    # head by head: the table's few kilobytes for a head stay in the cache for all B * T * T indices
     index = pairs.view(B, 1, T * T).expand(-1, num_heads, -1)
     return table.t().contiguous().expand(B, -1, -1).gather(2, index).view(B, num_heads, T, T)

@@ -273,7 +273,7 @@ def test_magnitude_keeps_few_masked_tokens():
 def test_stratified_sampler_wants_a_mask_and_a_share():
     with pytest.raises(ValueError, match=r"masked_share must be in \(0, 1\], got 0"):
         StratifiedSampler(0)
-    with pytest.raises(ValueError, match="the stratified sampler is for models.SimMIM"):
+    with pytest.raises(ValueError, match="the stratified sampler is for SimMIM"):
         StratifiedSampler()(torch.zeros(2, 4, 1), 2)
 
 
