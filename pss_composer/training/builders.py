@@ -66,9 +66,9 @@ def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
     """Composer's `parallelism_config`; None is DDP."""
     if recipe.parallelism == "ddp":
         return None
-    # Composer tells FSDP1 from FSDP2 by the class of the configuration, under the one key `fsdp`
+    # under the key `fsdp`, Composer sees from the class of the configuration whether it is FSDP1 or FSDP2
     if recipe.parallelism == "fsdp2":
-        # whole weights in one file, as under DDP: a ViT's are small, and plain timm reads them
+        # whole weights in one file, as under DDP: a ViT is small, and plain timm reads that file
         return {"fsdp": FSDP2Config(
             activation_checkpointing=recipe.activation_checkpointing, state_dict_type="full"
         )}

@@ -10,18 +10,18 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 WINDOW = 50  # steps
-MIN_SHARE = 0.1  # of the time, spent waiting, from which on the loader is said to limit a run
+MIN_SHARE = 0.1  # of the time; a run that waits longer is reported as limited by its loader
 
 
 class DataWaitMonitor(Callback):
-    """Logs where each step's time goes, and says once, in a sentence, when the loader is what limits the run.
+    """Logs where the time of each step goes, and reports once if the loader limits the run.
 
     Every batch: `loader/wait_s`, the seconds from asking the loader for the batch to having it, `loader/compute_s`,
     those from there to the end of the step, and `loader/skipped`, the bad samples that the loader has left out so far,
-    if it counts them. Composer reads the loss at the end of every step, so that a GPU has then done its work, and
-    what is waited for the loader is what the GPU stands still.
+    if it counts them. Composer reads the loss at the end of every step. A GPU has then finished its work, so the
+    wait for the loader is time in which the GPU is idle.
 
-    The sentence is printed by rank 0, once waiting has taken a tenth or more of `WINDOW` steps; the first step of an
+    Rank 0 prints the report when waiting has taken a tenth or more of the last `WINDOW` steps. The first step of an
     epoch or of a resumed run, in which workers start, does not count.
     """
 
@@ -29,7 +29,7 @@ class DataWaitMonitor(Callback):
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._asked = self._received = 0.0
         self._epoch = -1  # of the last step
-        self._has_told = False
+        self._has_reported = False
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._asked = time.perf_counter()
@@ -47,15 +47,15 @@ class DataWaitMonitor(Callback):
         if state.timestamp.epoch == self._epoch:
             self._steps.append((wait, compute))
         self._epoch = int(state.timestamp.epoch)
-        if len(self._steps) == WINDOW and not self._has_told:
-            self._tell(state)
+        if len(self._steps) == WINDOW and not self._has_reported:
+            self._report(state)
 
-    def _tell(self, state: State) -> None:
+    def _report(self, state: State) -> None:
         wait, compute = (sum(seconds) / WINDOW for seconds in zip(*self._steps, strict=True))
         share = wait / (wait + compute)
         if share < MIN_SHARE:
             return
-        self._has_told = True
+        self._has_reported = True
         if dist.get_global_rank() == 0:
             num_workers = getattr(state.dataloader, "num_workers", 0)
             print(

@@ -16,7 +16,7 @@ class EMA(algorithms.EMA):
 
     Composer 0.32 averages integer buffers too and cuts the result, which at some smoothings moves relative position
     indices of timm's `Beit` to their neighbours, so that the averaged model sees the wrong biases. Under FSDP2 it
-    stops with an error after an evaluation, and every rank of a resumed run gets the averages of rank 0's shards.
+    stops with an error after an evaluation, and in a resumed run every rank gets the averages of rank 0's shards.
     """
 
     ema_model: Any  # Composer's, None before the average starts
@@ -24,7 +24,7 @@ class EMA(algorithms.EMA):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation leaves whole parameters behind
+                module.reshard()  # an evaluation leaves the parameters unsharded
         if self.ema_model is not None:
             self._shard_averages(state)
         super().apply(event, state, logger)
@@ -44,7 +44,7 @@ class EMA(algorithms.EMA):
         return state_dict
 
     def _shard_averages(self, state: State) -> None:
-        """What was loaded, or copied before FSDP2 sharded the model, is whole."""
+        """Shard those averages that are whole: they were loaded, or copied before FSDP2 sharded the model."""
         averages = self.ema_model.named_parameters_dict
         for name, parameter in state.model.named_parameters():
             if isinstance(parameter, DTensor) and name in averages and not isinstance(averages[name], DTensor):

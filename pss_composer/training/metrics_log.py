@@ -12,12 +12,12 @@ from composer.utils import dist
 
 
 class JSONLinesLogger(LoggerDestination):
-    """Writes JSON lines: one of settings, then lines of `epoch`, `batch`, `sample` and the metrics of the moment.
+    """Writes JSON lines: first the settings, then lines with `epoch`, `batch`, `sample` and metrics.
 
-    Each batch has a line, each evaluation another, and what Composer logs at the end of an epoch one more.
+    There is a line for each batch, for each evaluation, and for what Composer logs at the end of an epoch.
 
-    A resumed run appends, and one that starts anew replaces the file. Lines of batches that an interrupted run trained
-    after its last checkpoint stand there twice; the later one counts.
+    A resumed run appends, and one that starts anew replaces the file. Batches that an interrupted run trained
+    after its last checkpoint then have two lines; the later one counts.
 
     Args:
         path: The file; only rank 0 writes.

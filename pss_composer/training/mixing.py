@@ -1,4 +1,4 @@
-"""Mixup and CutMix, one of the two for every batch, as DeiT and SimMIM train with."""
+"""Mixup and CutMix, one of the two for every batch, as in the training of DeiT and SimMIM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MixUpCutMix(Algorithm):
     (B, num_classes), before the batch is split into microbatches.
 
     All draws come from torch's CPU generator, whose state Composer keeps in checkpoints, so a resumed run
-    mixes as it would have without the stop, and the GPU is never waited for.
+    mixes as it would have without the stop, and no draw waits for the GPU.
 
     Args:
         num_classes: Classes, at least 1.
@@ -64,7 +64,7 @@ class MixUpCutMix(Algorithm):
         return event == Event.AFTER_DATALOADER
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        # Composer moves the microbatches to the device later, which then is nothing left to do
+        # Composer moves the microbatches to the device later, which then has no effect
         images, labels = state.device.batch_to_device(state.batch)
         state.batch = self._choose()(images, labels)
 

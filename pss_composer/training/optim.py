@@ -29,7 +29,7 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
         settings: A recipe's `optimizer`.
         batch_size: The global one, for the linear scaling of the learning rate.
     """
-    # layer decay asks for the layers of a ViT, and pre-training has its decoder beside it
+    # layer decay needs the layers of a bare ViT; in pre-training there is also the decoder
     module: Any = model if isinstance(model, SimMIM) else model.module
     lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
     exempt = module.no_weight_decay()

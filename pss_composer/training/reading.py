@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing)
                if key not in wrong and key.split(".")[0] not in wrong]
     if missing:
-        # of what is not complete, the groups that are
+        # settings are missing: check the groups that are complete
         groups = {str(key): recipe[key] for key in recipe if not OmegaConf.is_missing(recipe, key)}
         errors += [error for name, group in groups.items() if OmegaConf.is_dict(group)
                    and not OmegaConf.missing_keys(group) for error in check_group(name, OmegaConf.to_object(group))]
@@ -123,7 +123,7 @@ def _set(recipe: DictConfig, key: str, value: Any, schema: type) -> None:
     """Set one setting of the recipe; OmegaConf converts it to the type of its field.
 
     Raises:
-        InputError: No such key, or a value that OmegaConf would convert without a word.
+        InputError: No such key, or a value that OmegaConf would silently convert.
         OmegaConfBaseException: A value of another type.
     """
     prefix, _, name = key.rpartition(".")
@@ -138,7 +138,7 @@ def _set(recipe: DictConfig, key: str, value: Any, schema: type) -> None:
 
 
 def _drop_settings_of_other_schedule(from_file: DictConfig, from_overrides: DictConfig) -> None:
-    """Under `pss.schedule.name=linear`, what the file says of the period of its cyclic schedule goes."""
+    """Drop settings that an override of the schedule's name makes meaningless, like the period under `linear`."""
     name = OmegaConf.select(from_overrides, "pss.schedule.name")
     schedule = OmegaConf.select(from_file, "pss.schedule")
     is_known = isinstance(name, str) and name in SCHEDULES

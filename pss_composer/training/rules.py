@@ -9,7 +9,7 @@ from pss_composer.training.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe) -> list[InputError]:
-    """The rules that a recipe breaks; those between groups only if each group for itself is right."""
+    """The rules that a recipe breaks; those between groups only if each group by itself is right."""
     errors = recipe.check()
     return errors or [*_check_pretraining(recipe), *_check_sampler(recipe), *_check_lengths(recipe),
                       *_check_machine(recipe)]

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what stands in it beside the checkpoints."""
+"""The folder of a run: its lock, and the files in it beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
     A run that fails before its first checkpoint leaves nothing behind.
 
     Raises:
-        InputError: Another run is at work there, or has been, without `autoresume` or `save_overwrite`; or the folder
-            cannot be written.
+        InputError: Another run uses the folder; it holds a run, and neither `autoresume` nor `save_overwrite` is set;
+            or it cannot be written.
     """
     folder = Path(recipe.save_folder)
     _check_earlier_run(recipe, folder)
@@ -49,7 +49,7 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
 
 
 def _check_earlier_run(recipe: Recipe, folder: Path) -> None:
-    """A folder with a run in it is for the same recipe under `autoresume`, or to be overwritten."""
+    """Refuse a folder that holds a run, unless it is to be overwritten or `autoresume` goes on with the same recipe."""
     earlier = folder / RECIPE_FILE
     if recipe.save_overwrite or not earlier.is_file():
         return
