@@ -44,8 +44,8 @@ class PatchMasking(Algorithm):
 
     Runs on `Event.BATCH_START`, and on the same event of evaluation and prediction, where it turns a batch of images,
     with or without labels, into a pair of images (B, 3, H, W) and mask (B, H / p, W / p) bool. Masks are drawn on the
-    device and depend on seed, batch and rank: a run that resumes on the same number of processes and kind of device sees
-    the same masks as without the stop, and every evaluation sees the same masks.
+    device and depend on seed, batch and rank: a run that resumes on the same number of processes and kind of device
+    sees the same masks as without the stop, and every evaluation sees the same masks.
 
     Args:
         unit: Height and width in pixels of the squares that are masked, a multiple of the patch size.
