@@ -1,4 +1,4 @@
-"""What a loader's worker makes: samples and batches of them, or an error that goes to the main process in their place."""
+"""What a worker of the loader makes: samples and batches of them, or an error in their place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """streaming's shared memory: who takes which number, and what is left of datasets that are no more.
 
-A dataset has a six-digit number. It is in the names of its segments (`000000_locals` and others) and of its locks, which
-are in the folder for temporary files.
+A dataset has a six-digit number. The names of its segments (`000000_locals` and others) have it, and those of its locks
+in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 def clean_shared_memory() -> None:
     """Remove streaming's shared memory and locks that no process of this user uses, and print what was removed.
 
-    Do not run this while another container with the same /dev/shm trains: its processes cannot be seen from here, and it
-    would lose the memory that it uses.
+    Do not call this while another container with the same /dev/shm trains: its processes cannot be seen from here, and
+    it would lose the memory that it uses.
     """
     with _locked():
         files = [*_find_files(SHARED_MEMORY), *_find_files(_temporary_folder())]
@@ -79,7 +79,7 @@ def _name_stale(count: int) -> None:
 def free_when_dropped(dataset: StreamingDataset) -> None:
     """Free the shared memory of a dataset when nothing refers to the dataset any more.
 
-    streaming keeps it to the end of the process, with six open files, of which many systems allow a process 1024.
+    streaming keeps it to the end of the process, with twelve open files; many systems allow a process 1024.
     """
     finalize(dataset, _free, vars(dataset), os.getpid())
 

@@ -43,8 +43,8 @@ def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_
         download_retry: How often a file is asked for.
 
     Raises:
-        InputError: There are no such shards, or not all; the store is unknown or gives no index; the folder is the cache
-            of another one, or another run uses it, or it cannot be written.
+        InputError: There are no such shards, or not all; the store is unknown or gives no index; the folder is another
+            store's cache, or another run uses it, or it cannot be written.
     """
     if remote is not None:
         stream = ShardStream(folder, remote=remote, download_retry=download_retry)
@@ -238,8 +238,9 @@ def _check_files(folder: Path) -> None:
         if not path.exists():
             raise InputError(f"must hold every shard of its index.json, got no {str(path)!r}", key="path")
         if (num_bytes := path.stat().st_size) != info["bytes"]:
-            raise InputError(f"must hold whole shards, got {num_bytes} bytes instead of {info['bytes']} in {str(path)!r}",
-                             key="path")
+            raise InputError(
+                f"must hold whole shards, got {num_bytes} bytes instead of {info['bytes']} in {str(path)!r}", key="path"
+            )
 
 
 def _reason(error: Exception, remote: str | None) -> str:

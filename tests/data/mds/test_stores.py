@@ -31,7 +31,7 @@ def test_s3_gives_what_local_shards_give(s3, expected, tmp_path, monkeypatch, ca
     assert read(tmp_path / "two", remote="s3://nowhere/set", epochs=2) == expected
     message, = [record.getMessage() for record in caplog.records if record.name == ShardStream.__module__]
     assert message.startswith("remote must give index.json: got ")
-    assert message.endswith(f" from s3://nowhere/set/train; read from {tmp_path}/two/train alone, which holds all shards")
+    assert message.endswith(f"s3://nowhere/set/train; read from {tmp_path}/two/train alone, which holds all shards")
 
 
 def test_sftp_gives_what_local_shards_give(store, expected, tmp_path, monkeypatch):
