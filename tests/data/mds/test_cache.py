@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 from streaming.base.storage.download import LocalDownloader
-from support.jobs import wait_for, wait_well
-from support.shards import assert_each_once, flatten, read, refuse, set_environment
+from support.jobs import assert_one_line, wait_for, wait_well
+from support.shards import ALL, NUM_IMAGES, SHARD_SIZE, assert_each_once, encode, flatten, read, refuse, set_environment
+
+from pss_composer.data.mds.stream import ShardStream
+from pss_composer.data.prepare.convert import convert_images
 
 
 def test_a_cache_limit_must_hold_the_index_and_a_shard(copied, tmp_path):
@@ -126,3 +129,48 @@ def test_a_full_file_system_is_one_line(s3, tmp_path, monkeypatch):
         gc.collect()
     finally:
         subprocess.run(["umount", "-l", str(cache)], check=True)
+
+
+# of one remote
+
+
+@pytest.fixture
+def other(data, tmp_path):
+    """Another set: the same pictures, other labels."""
+    source = tmp_path / "source"
+    for split in ("train", "val"):
+        for number in ALL:
+            (source / split / f"c{(number + 1) % NUM_IMAGES:02}").mkdir(parents=True)
+            (source / split / f"c{(number + 1) % NUM_IMAGES:02}" / "0.JPEG").write_bytes(encode(number))
+    convert_images(source, str(tmp_path / "other"), shard_size=SHARD_SIZE, num_workers=1)
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("key", ["path", "local"])
+def test_a_cache_of_another_remote_is_refused(key, is_complete, data, other, tmp_path):
+    cache = Path(shutil.copytree(other, tmp_path / "cache"))
+    if not is_complete:
+        (cache / "train" / "shard.00003.mds").unlink()
+    settings = {"local": str(cache)} if key == "local" else {}
+    message = refuse(cache if key == "path" else tmp_path / "nowhere", remote=str(data), **settings)
+    assert message == (f"local must be a cache of remote, but '{cache}/train/index.json' is another than that of "
+                       f"{data}/train")
+    files = {path.name for path in (other / "train").iterdir()} - {"shard.00003.mds"}
+    assert files <= {path.name for path in (cache / "train").iterdir()}  # it may be somebody's only copy
+
+
+def test_train_refuses_the_cache_of_another_remote(data, other, train, tmp_path):
+    job = train(tmp_path / "run", f"data.path={other}", f"data.remote={data}")
+    assert_one_line(job, f"error: data.local must be a cache of remote, but '{other}/train/index.json' is another")
+
+
+def test_a_complete_cache_is_read_where_the_store_is_not_reachable(data, expected, tmp_path, caplog):
+    cache = Path(shutil.copytree(data, tmp_path / "cache"))
+    assert read(cache, remote=str(tmp_path / "gone"), epochs=2) == expected
+    message, = [record.getMessage() for record in caplog.records if record.name == ShardStream.__module__]
+    assert message.startswith("remote must give index.json: ") and message.endswith(
+        f"; read from {cache}/train alone, which holds all shards"
+    )
+    (cache / "train" / "shard.00003.mds").unlink()
+    assert refuse(cache, remote=str(tmp_path / "gone"), download_retry=1).startswith("remote must give index.json: ")
