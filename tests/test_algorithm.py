@@ -139,7 +139,7 @@ def test_the_cooldown_ends_training_at_one(max_duration, cooldown):
 @pytest.mark.parametrize("schedule", [
     Fixed(0.5), Linear(0.2, 1.0), Cosine(1.0, 0.4, step=None, cooldown="3ba"), Cyclic(0.6, 1.4, step=0.1, period="5ba"),
     Piecewise([("0ep", 0.4), ("3ba", 0.6), ("0.5dur", 0.8), ("60sp", 1.0)]), lambda progress: 0.3 + progress / 2,
-], ids=str)
+], ids=["fixed", "linear", "cosine", "cyclic", "piecewise", "function"])
 def test_the_trainer_follows_keep_rates(schedule):
     trainer = train(PatchSamplingSchedule(schedule))
     expected = keep_rates(schedule, epochs=2, batches_per_epoch=8, samples_per_batch=BATCH_SIZE)
@@ -325,7 +325,7 @@ def _is_the_same(one: PatchSamplingSchedule, other: PatchSamplingSchedule) -> bo
     {}, {"schedule": Linear(0.4, step=None, cooldown="3ba"), "sampler": "random", "eval_keep_rate": 0.8},
     {"schedule": Piecewise([("0ba", 0.5), ("2ba", 1)])}, {"schedule": keep_half}, {"sampler": keep_first},
     {"schedule": KeepFixed(0.3)},
-], ids=str)
+], ids=["default", "linear", "piecewise", "schedule_function", "sampler_function", "schedule_object"])
 def test_repr_rebuilds_the_object(arguments):
     algorithm = PatchSamplingSchedule(**arguments)
     assert " at 0x" not in repr(algorithm)
