@@ -87,13 +87,13 @@ class StreamingImages(StreamingDataset):
                 free_when_dropped(self)
             if settings.cache_limit is not None:
                 self._limit_cache(settings.cache_limit)
-        except InputError:
-            self._close()
-            raise
-        except (KeyError, TypeError, ValueError) as error:  # of an index with a member that is missing or odd
-            self._close()
+        except (KeyError, TypeError, ValueError) as error:
+            if hasattr(self, "_stream"):
+                self._stream.close()  # a dataset that is refused may be there for some time
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"must hold MDS shards that streaming reads, got {to_line(error)!r} in {str(folder)!r}",
-                             key="path") from error
+                             key="path") from error  # an index with a member that is missing or odd
         self.batching_method = "views"
         self.spanner = ViewSpanner(self.spanner, repeats)
         for shard in self.shards:
@@ -109,11 +109,6 @@ class StreamingImages(StreamingDataset):
         if self.cache_limit < num_bytes:
             raise InputError(f"must be at least {num_bytes}b, for the index and a shard and for four shards, got "
                              f"{cache_limit!r}", key="cache_limit")
-
-    def _close(self) -> None:
-        """Let others use the cache; a dataset that is refused may be there for some time."""
-        if hasattr(self, "_stream"):
-            self._stream.close()
 
     def __iter__(self) -> Iterator[Sample]:
         """This worker's samples of the next epoch; an error in place of one ends it, see `load_sample`."""

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_retry: int) -> ShardStream:
     """A stream of shards that are there or can be fetched; every process of a run calls this.
 
-    A cache that holds every shard is read without the store where the store gives no index.
+    A cache must have the index of its store. Where the store gives none, a cache with every shard is read without it.
 
     Args:
         folder: Folder of one split, or its cache.
@@ -58,22 +58,14 @@ def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_
 
 
 class ShardStream(Stream):
-    """A Stream of one split: its folder, or a store and the folder that caches it.
+    """A Stream of one split, as for `open_stream`.
 
     A shard from the store gets into the cache when its hashes are those of the index. Why a shard cannot be had goes to
     `errors`; streaming fetches in threads and processes that would wait for one that raises.
 
-    Args:
-        folder: Folder of the shards, or their cache.
-        remote: URL of the split's folder in a store; None where the shards are in `folder`.
-        download_retry: How often a file is asked for.
-
     Attributes:
         errors: Rule and key of an `InputError`, by the name of a shard's file.
         lock: Keeps other runs from the cache while this one may fetch, in the first process of a machine.
-
-    Raises:
-        InputError: streaming does not know the store, or the store's library is not installed.
     """
 
     def __init__(self, folder: Path, *, remote: str | None = None, download_retry: int = 1) -> None:
@@ -89,29 +81,24 @@ class ShardStream(Stream):
         self._one_at_a_time = threading.Lock()  # a downloader is not made for several threads
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Fetch or unpack a shard; streaming asks for one whose file is missing.
-
-        Returns:
-            How many bytes the cache has grown.
-        """
-        raw, _ = shard.file_pairs[0]
+        """Fetch or unpack a shard whose file is missing, and return by how many bytes the cache has grown."""
+        name = shard.file_pairs[0][0].basename
         with self._one_at_a_time:
-            if raw.basename in self.errors:
+            if name in self.errors:
                 return 0
             try:
                 if self.remote is None:
                     return super().prepare_shard(shard)
-                self._ask(partial(self._fetch, shard), raw.basename, self.download_retry)
-                return raw.bytes
+                self._ask(partial(self._fetch, shard), name, self.download_retry)
+                return shard.get_raw_size()
             except InputError as error:
-                self.errors[raw.basename] = error.rule, error.key
+                self.errors[name] = error.rule, error.key
             except Exception as error:
-                rule = f"must keep {raw.basename} in {str(self.folder)!r}: {to_line(error)}"
-                self.errors[raw.basename] = rule, "path"
+                self.errors[name] = f"must keep {name} in {str(self.folder)!r}: {to_line(error)}", "path"
         return 0
 
     def open_cache(self, *, is_limited: bool) -> None:
-        """Make the folder the cache of the store, for this run alone if it has to fetch; see `open_stream`."""
+        """Make the folder the cache of the store, for this run alone if it has to fetch."""
         path = self.folder / "index.json"
         is_complete = not is_limited and _is_complete(self.folder)
         try:
@@ -122,33 +109,25 @@ class ShardStream(Stream):
             log.warning("%s; read from %s alone, which holds all shards", error, self.folder)
             return
         shards = _read_index(index, "remote", hide_password(self.remote))
-        if not is_complete:
-            self.lock = FolderLock(self.folder, key="local")
-        try:
-            if not path.exists():
-                path.with_suffix(".part").write_text(index)
-                path.with_suffix(".part").replace(path)
-            elif _read_index(path.read_text(), "local", repr(str(self.folder))) != shards:
-                raise InputError(f"must be a cache of remote, but {str(path)!r} is another than that of "
-                                 f"{hide_password(self.remote)}", key="local")
-            if not is_complete:
-                self._remove_leftovers(shards)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Let other runs use the cache."""
-        if self.lock is not None:
-            self.lock.release()
-
-    def _remove_leftovers(self, shards: list[dict[str, Any]]) -> None:
-        """Remove what a killed run left: files that were being fetched, and shards of a wrong size."""
+        if path.exists() and _read_index(path.read_text(), "local", repr(str(self.folder))) != shards:
+            raise InputError(f"must be a cache of remote, but {str(path)!r} is another than that of "
+                             f"{hide_password(self.remote)}", key="local")
+        if is_complete:
+            return
+        self.lock = FolderLock(self.folder, key="local")
+        path.with_suffix(".part").write_text(index)
+        path.with_suffix(".part").replace(path)
+        # what a killed run, or another program, left: files that were being fetched, and shards of a wrong size
         shutil.rmtree(self.folder / UNVERIFIED, ignore_errors=True)
         sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
         for path in self.folder.glob("shard.*"):
             if path.stat().st_size != sizes.get(path.name):
                 path.unlink()
+
+    def close(self) -> None:
+        """Let other runs use the cache."""
+        if self.lock is not None:
+            self.lock.release()
 
     def _fetch(self, shard: Reader) -> None:
         raw, packed = shard.file_pairs[0]
@@ -237,14 +216,16 @@ def _check_files(folder: Path) -> None:
         path = folder / info["basename"]
         if not path.exists():
             raise InputError(f"must hold every shard of its index.json, got no {str(path)!r}", key="path")
-        if (num_bytes := path.stat().st_size) != info["bytes"]:
-            raise InputError(
-                f"must hold whole shards, got {num_bytes} bytes instead of {info['bytes']} in {str(path)!r}", key="path"
-            )
+        if (size := path.stat().st_size) != info["bytes"]:
+            raise InputError(f"must hold whole shards, got {size} bytes instead of {info['bytes']} in {str(path)!r}",
+                             key="path")
 
 
 def _reason(error: Exception, remote: str | None) -> str:
-    return f"got {to_line(error).replace(remote, hide_password(remote))!r} from {hide_password(remote)}"
+    reason = to_line(error)
+    if remote is None:
+        return reason
+    return f"got {reason.replace(remote, hide_password(remote))!r} from {hide_password(remote)}"
 
 
 def hide_password(url: str) -> str:
