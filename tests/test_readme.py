@@ -20,12 +20,14 @@ from pss_composer import cli, schedules
 from pss_composer.schedules import Cyclic, keep_rates
 from pss_composer.training.reading import load_recipe
 from pss_composer.training.recipe import PSSSettings, Recipe
+from pss_composer.training.run_folder import RECIPE_FILE
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"),
                 *ROOT.glob("pss_composer/**/*.md")])
 README, METHOD, RECIPES, DATA = (
     (ROOT / name).read_text() for name in ("README.md", "docs/method.md", "docs/recipes.md", "docs/data.md")
 )
+PACKAGE = ROOT / "pss_composer"
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -165,6 +167,13 @@ def test_links_and_pictures_lead_somewhere(page):
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in find_anchors(file), target
+
+
+def test_every_file_that_is_named_is_there():
+    for page in PAGES:
+        for name in re.findall(r"`([\w/.]+(?:\.py|\.yaml|\.md|/))`", page.read_text()):
+            is_there = (ROOT / name).exists() or (YAMLS / name).exists() or any(PACKAGE.rglob(name))
+            assert is_there or "NAME" in name or name in (RECIPE_FILE, "tensorboard/"), f"{page.name}: {name}"
 
 
 def test_every_page_of_the_docs_is_linked_from_the_readme():
