@@ -20,9 +20,8 @@ from pss_composer.checkpoints.reading import bad_checkpoint, find_latest, read_f
 from pss_composer.errors import InputError
 from pss_composer.models.shape import SIZES
 
-CONTAINERS = ("model", "state_dict", "state")
-BARE = "a bare state dict"
-# what only SimMIM pre-training has: its name in this project's models and in the original -> its name here
+CONTAINERS = ("model", "state_dict", "state")  # the keys that hold the weights; "state" is Composer's
+# weights that only SimMIM pre-training has: the name in this project's models and in the original -> the name here
 PRETRAINING_NAMES = {
     "encoder.mask_token": "mask_token", "encoder.patch_embed.norm.mask_token": "mask_token",
     "decoder.0.weight": "decoder.weight", "decoder.0.bias": "decoder.bias",
@@ -66,23 +65,28 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
             layout, it has no moving averages, or a weight is infinite or not a number.
     """
     contents = read_file(checkpoint)
-    tensors, container = _find_weights(contents, checkpoint, ema)
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    is_pretraining = any(name.startswith("encoder.") for name in tensors)
-    dropped = [name for name in tensors if name.endswith("relative_position_index")]
-    named = [(timm_name(name), tensor) for name, tensor in tensors.items() if name not in dropped]
-    tensors = dict(named)
-    if len(tensors) < len(named):
-        raise bad_checkpoint(checkpoint, "must hold each weight once", "has two by the same name")
-    _check_finite(tensors, checkpoint)
-    if is_pretraining and tensors.get("decoder.weight", torch.empty(0)).ndim == 4:
-        tensors["decoder.weight"] = tensors["decoder.weight"].flatten(1)  # a 1 x 1 convolution is a linear layer
+    key = next((key for key in CONTAINERS if isinstance(contents.get(key), dict)), None)
+    state_dict, is_average = _choose_weights(contents, key, checkpoint, ema)
+    tensors: dict[str, Tensor] = {}
+    dropped = []
+    for original_name, tensor in state_dict.items():
+        name = timm_name(original_name)
+        if name.endswith("relative_position_index"):
+            dropped.append(original_name)
+            continue
+        if name in tensors:
+            raise bad_checkpoint(checkpoint, "must hold each weight once", f"has two by the name {name}")
+        if not tensor.isfinite().all():
+            raise bad_checkpoint(checkpoint, "must hold finite weights", f"has NaN or infinity at {name}")
+        # SimMIM's decoder is a 1 x 1 convolution, which is a linear layer
+        tensors[name] = tensor.flatten(1) if name == "decoder.weight" and tensor.ndim == 4 else tensor
+    kind = "SimMIM pre-training" if "mask_token" in tensors else "ViT"
+    container = {None: "a bare state dict", "state": "a Composer checkpoint"}.get(key, f"under {key!r}")
     return Weights(
         tensors,
-        layout=f"{'SimMIM pre-training' if is_pretraining else 'ViT'}, {container}",
-        is_composer="state" in contents,
-        not_weights=[] if container.startswith(BARE) else [str(name) for name in contents if name not in CONTAINERS],
+        layout=f"{kind}, {container}{', its moving averages' if is_average else ''}",
+        is_composer=key == "state",
+        not_weights=[str(name) for name in contents if name not in CONTAINERS] if key else [],
         dropped=dropped,
         num_heads=_find_num_heads(find_latest(checkpoint)),
     )
@@ -94,26 +98,22 @@ def timm_name(name: str) -> str:
     return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
 
 
-def _find_weights(contents: Mapping[str, Any], path: str | Path, ema: bool | None) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file, and where in the file it was, in words."""
-    if isinstance(contents.get("state"), dict) and "model" in contents["state"]:
-        container, tensors = "a Composer checkpoint", contents["state"]["model"]
-        trained, averages = _find_composer_averages(contents["state"])
-    else:
-        key = next((key for key in ("model", "state_dict") if isinstance(contents.get(key), dict)), None)
-        container = BARE if key is None else f"under {key!r}"
-        tensors = trained = contents if key is None else contents[key]
-        averages = contents.get("model_ema" if key == "model" else "state_dict_ema")
+def _choose_weights(
+    contents: Mapping[str, Any], key: str | None, path: str | Path, ema: bool | None
+) -> tuple[dict[str, Tensor], bool]:
+    """The state dict in a file, and whether it is the moving averages."""
+    saved = contents if key is None else contents[key]
+    trained, averages = saved, contents.get("model_ema" if key == "model" else "state_dict_ema")
+    if key == "state":
+        saved = saved.get("model")
+        trained, averages = _find_composer_averages(contents[key])
     if ema and not isinstance(averages, dict):
         raise InputError(f"needs a checkpoint with moving averages, {path} has none", key="ema")
-    if ema is not None:
-        tensors = averages if ema else trained
-    if tensors is averages:
-        container = f"{container}, its moving averages"
-    if not _is_state_dict(tensors):
+    chosen = saved if ema is None else averages if ema else trained
+    if not _is_state_dict(chosen):
         raise bad_checkpoint(path, "must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
                              "else", f"holds {reprlib.repr(list(contents))}")
-    return dict(tensors), container
+    return chosen, chosen is averages
 
 
 def _find_composer_averages(state: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -126,7 +126,7 @@ def _find_composer_averages(state: Mapping[str, Any]) -> tuple[Any, Any]:
         match entry:
             case _, {"ema_started": True, "ema_weights_active": swapped, "ema_model": {"named_parameters_dict": kept}}:
                 return (kept, state["model"]) if swapped else (state["model"], kept)
-    return state["model"], None
+    return state.get("model"), None
 
 
 def _is_state_dict(tensors: Any) -> bool:
@@ -134,13 +134,6 @@ def _is_state_dict(tensors: Any) -> bool:
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         for name, tensor in tensors.items()
     )
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    for name, tensor in tensors.items():
-        # NaN anywhere makes both bounds NaN; ten times faster than to look at every element
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
-            raise bad_checkpoint(path, "must hold finite weights", f"has NaN or infinity at {name}")
 
 
 def _find_num_heads(path: Path) -> int | None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 from pss_composer.errors import InputError
 
-# Published files hold objects of these classes beside their weights, and so do the random states in Composer's. None of
-# the classes is imported: an `Inert` takes the place of each object.
+# Files hold settings and random states of these classes beside their weights. None of the classes is imported: an
+# `Inert` takes the place of each object.
 HARMLESS = (
     "yacs.config.CfgNode", "argparse.Namespace",
     "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
@@ -44,7 +43,7 @@ GLOBAL_NAME = re.compile(r"(?:GLOBAL |^Weights only load failed. ``)([\w.]+)")
 
 
 def bad_checkpoint(path: str | Path, rule: str, finding: str) -> InputError:
-    """An error like `checkpoint must be a whole file, vit.pth ends too early`."""
+    """An error like `checkpoint must hold a dictionary, vit.pth holds a list`."""
     return InputError(f"{rule}, {path} {finding}", key="checkpoint")
 
 
@@ -66,26 +65,22 @@ def read_file(path: str | Path) -> dict[str, Any]:
         The dictionary in the file. For a folder of shards: Composer's weights and algorithms.
 
     Raises:
-        InputError: There is no such file, it has another format or is broken, or it asks for an object of another
-            class.
+        InputError: There is no such file, it has another format or is broken, or it asks for an object of a class that
+            is neither torch's nor harmless.
     """
+    path = find_latest(path)
+    if os.path.isdir(path):
+        return _read_shards(path)
     try:
-        path = find_latest(path)
-        if path.is_dir():
-            return _read_shards(path)
-        if not path.is_file():
-            raise InputError(f"must be a file, no such file: {path}", key="checkpoint")
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:
         raise bad_checkpoint(path, "must be readable", f"is not: {error.strerror}") from error
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
+    if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
             raise bad_checkpoint(path, "must be a whole safetensors file", f"cannot be read: {error}") from error
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise bad_checkpoint(path, "must be a whole file", "ends too early")
     if not start.startswith((b"PK", LEGACY_MAGIC)):
         raise bad_checkpoint(path, "must be a file of torch.save or safetensors", f"begins with {start!r}")
     contents = _load_pickle(path, str(path))
@@ -106,14 +101,13 @@ class Inert(dict):
 
 @contextmanager
 def _safe_loading() -> Iterator[None]:
-    """Lets torch load tensors and harmless classes, and no class that torch.distributed or a library has allowed."""
+    """Lets torch load tensors and harmless classes alone, whatever torch.distributed or a library has allowed."""
     before = get_safe_globals()
     clear_safe_globals()
     add_safe_globals([(Inert, harmless) for harmless in HARMLESS])
     try:
         with warnings.catch_warnings():
-            # torch warns about pickles that it may refuse, and about shards without a process group
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", UserWarning)  # about such files, and shards without a process group
             yield
     finally:
         clear_safe_globals()

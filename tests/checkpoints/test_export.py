@@ -205,7 +205,7 @@ def test_bad_arguments(published, tmp_path, function, key, out_name, options, me
 def test_a_folder_that_is_not_a_runs(tmp_path, out):
     message = refuse(export_checkpoint, tmp_path, out, key="run")
     assert "run must be the save_folder of a trained recipe or a checkpoint, no latest-rank0.pt in" in message
-    assert "no such file" in refuse(export_checkpoint, tmp_path / "none", out)
+    assert "No such file" in refuse(export_checkpoint, tmp_path / "none", out)
     assert not list(out.parent.iterdir())
 
 
@@ -236,7 +236,8 @@ def test_commands(run, published, tmp_path, out, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["import-checkpoint", "{tmp}/none.pth", "{out}"], "FILE must be a file, no such file: {tmp}/none.pth"),
+    (["import-checkpoint", "{tmp}/none.pth", "{out}"],
+     "FILE must be readable, {tmp}/none.pth is not: No such file or directory"),
     (["import-checkpoint", "{file}", "{file}"], "OUT must be a file with the suffix .safetensors, got {file}"),
     (["import-checkpoint", "{file}", "{out}", "--image-size", "30"],
      "--image-size must be a multiple of the patch size 4, got 30"),

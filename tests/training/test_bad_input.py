@@ -44,9 +44,9 @@ BAD_INPUT = {
     "no_data_path": (["data.name=folder", "data.path=null"], "data.path must"),
     "data": (["data.name=imagenet"], "data.name must be one of digits, folder, streaming, synthetic, "
              "torchvision, got 'imagenet'"),
-    "checkpoint": (["load_path={tmp}/none.pt"], "load_path must be a file, no such file: {tmp}/none.pt"),
+    "checkpoint": (["load_path={tmp}/none.pt"], "load_path must be readable, {tmp}/none.pt is not: No such file"),
     "no_checkpoint": (["load_path={tmp}/empty.pt"], "load_path must be a file of torch.save or safetensors, {tmp}"),
-    "pretrained": (["model.pretrained={tmp}/none.pth"], "model.pretrained must be a file, no such file: {tmp}/none"),
+    "pretrained": (["model.pretrained={tmp}/none.pth"], "model.pretrained must be readable, {tmp}/none.pth is not: No"),
     "no_pretrained": (["model.pretrained={tmp}/empty.pt"], "model.pretrained must be a file of torch.save or safet"),
     "masking": (["masking.unit=8"], "masking must be set for model.name=simmim_pretrain and null for any other, got a "
                 "group of settings for simmim"),
