@@ -1,4 +1,4 @@
-"""A DataLoader whose workers hand on what went wrong, its sampler, and how its place is found again."""
+"""A DataLoader that passes on the errors of its workers, its sampler, and how a run resumes within an epoch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def name_dead_worker() -> Iterator[None]:
     """Turn torch's error about a worker that was killed into an `InputError`.
 
-    torch raises it wherever the main process is when it hears of it, not only where a batch is asked for.
+    torch raises it at any place of the main process, not only where a batch is asked for.
     """
     try:
         yield
@@ -73,7 +73,7 @@ class Loader(DataLoader):
 
 
 class EpochSampler(DistributedSampler):
-    """A DistributedSampler that yields (epoch, index, view), for a worker that lives on does not know the epoch.
+    """A DistributedSampler that yields (epoch, index, view): a persistent worker would not know the epoch otherwise.
 
     Composer finds it by its base class and sets its epoch.
 

@@ -53,7 +53,7 @@ def load_sample(
 
 
 class Collate:
-    """Makes a batch of samples: images, labels (B,) int64, and the messages about bad ones; or hands on an error.
+    """Makes a batch of samples: images, labels (B,) int64, and the messages about bad ones; or passes on an error.
 
     Args:
         repeats: Views of an image that follow each other. They are placed apart, since mixup and CutMix mix neighbours,

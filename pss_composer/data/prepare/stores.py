@@ -1,4 +1,4 @@
-"""Where shards lie: a folder of this machine, or a store that streaming reads and writes."""
+"""Where shards are stored: a folder of this machine, or a store that streaming reads and writes."""
 
 from __future__ import annotations
 
