@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import closing
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
 
-from pss_composer.data.augmentation.decoding import decode_tensor
-from pss_composer.data.mds.shard_file import BadShard, find_decoder, read_index, read_shard
+from pss_composer.data.mds.shard_file import decode_image, read_index, read_shard
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS
 from pss_composer.data.prepare.stores import Store, open_store
@@ -36,8 +33,8 @@ def check_data(path: str, *, samples_per_shard: int = 8) -> int:
         raise InputError(f"must be at least 0, got {samples_per_shard}", key="samples_per_shard")
     hidden, num_problems = hide_password(path), 0
     with closing(open_store(path, key="path")) as store:
-        indices = {folder: store.read(f"{folder}index.json") for folder in ("", *(f"{split}/" for split in SPLITS))}
-        indices = {folder: index for folder, index in indices.items() if index is not None}
+        folders = ("", *(f"{split}/" for split in SPLITS))
+        indices = {folder: index for folder in folders if (index := store.read(f"{folder}index.json")) is not None}
         if not indices:
             raise InputError(f"must hold an index.json, or one in train or val, got none at {hidden}", key="path")
         for folder, index in indices.items():
@@ -54,7 +51,7 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
     """Print what a split holds, and return its problems."""
     try:
         shards = read_index(index)
-    except BadShard as error:
+    except ValueError as error:
         return [f"index.json: {error}"]
     problems, classes, counts = [], None, Counter()
     data = store.read(f"{folder}classes.json")
@@ -65,13 +62,14 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
             problems.append("classes.json: must be a list of names")
     for shard in tqdm(shards, desc=name, unit=" shards", disable=None):
         basename = (shard.zip_data or shard.raw_data).basename
-        decode = find_decoder(shard, decode_tensor)
+        data = store.read(f"{folder}{basename}")
+        if data is None:
+            problems.append(f"{basename}: must be there, but is missing")
+            continue
         try:
-            with TemporaryDirectory() as workspace:
-                file = _fetch(store, f"{folder}{basename}", Path(workspace))
-                samples = read_shard(shard, file, Path(workspace))
-        except BadShard as error:
-            problems.append(f"{basename}: {error}")
+            samples = read_shard(shard, data)
+        except Exception as error:  # the libraries that unpack have no common class of errors
+            problems.append(f"{basename}: {to_line(error)}")
             continue
         for number, (_, label) in enumerate(samples):
             counts[label] += 1
@@ -81,20 +79,13 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
         num_decoded = min(len(samples), samples_per_shard)
         for number in np.linspace(0, len(samples) - 1, num_decoded).round().astype(int):
             try:
-                decode(samples[number][0])
-            except Exception as error:  # the decoders of other encodings than JPEG have no common class
+                decode_image(shard, samples[number][0])
+            except Exception as error:  # nor have the decoders
                 problems.append(f"{basename} sample {number}: {to_line(error)}")
     num_bytes = sum((shard.zip_data or shard.raw_data).bytes for shard in shards)
     print(f"{name}: {counts.total():,} images {_describe_classes(counts, classes)}, in {len(shards):,} shards, "
           f"{num_bytes:,} bytes")
     return problems
-
-
-def _fetch(store: Store, name: str, folder: Path) -> Path:
-    file = store.retry(lambda: store.fetch(name, folder), f"must be readable for {name}")
-    if file is None:
-        raise BadShard("must be there, but is missing")
-    return file
 
 
 def _describe_classes(counts: Counter[int], classes: list[str] | None) -> str:

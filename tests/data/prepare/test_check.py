@@ -141,4 +141,4 @@ def test_check_finds_shards_that_do_not_unpack(tmp_path, capsys):
     (packed,) = (tmp_path / "val").glob("*.zstd")
     packed.write_bytes(flip(packed.read_bytes(), 0))
     lines, code = check_and_read(capsys, tmp_path)
-    assert lines[1].startswith(f"val: {packed.name}: must unpack, got ") and code == 1
+    assert lines[1].startswith(f"val: {packed.name}: Input data invalid ") and code == 1
