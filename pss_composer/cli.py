@@ -22,27 +22,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: What stands after the program's name; None: the process's own arguments.
     """
-    debug = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of bad input, too")
-    parser = argparse.ArgumentParser(
-        prog="pss", description="Patch Sampling Schedules for Vision Transformers", parents=[debug]
-    )
+    parser = argparse.ArgumentParser(prog="pss", description="Patch Sampling Schedules for Vision Transformers")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input, too; anywhere")
     parser.add_argument("--version", action="version", version=f"pss {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, function: Callable[[argparse.Namespace], None], purpose: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=purpose, description=purpose, parents=[debug])
+        command = commands.add_parser(name, help=purpose, description=purpose)
         command.set_defaults(function=function)
         return command
 
     _add_run_commands(add_command)
     _add_checkpoint_commands(add_command)
     _add_data_commands(add_command)
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # argparse knows no option between two of train's key=value
+    options = parser.parse_args([word for word in words if word != "--debug"])
     # an error names an argument of a function, which has a name of its own on the command line, or a key of a recipe
     typed = {action.dest: action.option_strings[0] if action.option_strings else str(action.metavar)
              for action in commands.choices[options.command]._actions}
-    with exit_on_input_error(debug="debug" in options), name_keys(lambda key: typed.get(key, key)):
+    with exit_on_input_error(debug="--debug" in words), name_keys(lambda key: typed.get(key, key)):
         options.function(options)
 
 
@@ -63,11 +62,11 @@ def _add_run_commands(add_command: AddCommand) -> None:
 
 
 def _add_checkpoint_commands(add_command: AddCommand) -> None:
-    importing = add_command("import-checkpoint", _import_checkpoint,
+    importing = add_command("import-checkpoint", _export_weights,
                             "write a SimMIM, DeiT, PSS, timm or Composer checkpoint as safetensors for timm")
     importing.add_argument("checkpoint", metavar="FILE", help="the checkpoint, a file or a folder of shards")
-    exporting = add_command("export-checkpoint", _export_checkpoint, "write a run's checkpoint as safetensors for timm")
-    exporting.add_argument("run", metavar="RUN", help="the save_folder of a run, or one of its checkpoints")
+    exporting = add_command("export-checkpoint", _export_weights, "write a run's checkpoint as safetensors for timm")
+    exporting.add_argument("checkpoint", metavar="RUN", help="the save_folder of a run, or one of its checkpoints")
     for command in (importing, exporting):
         command.add_argument("out", metavar="OUT", help="a new .safetensors file")
         command.add_argument("--ema", action="store_true", help="the moving averages of the weights")
@@ -126,16 +125,10 @@ def _reconstruct(options: argparse.Namespace) -> None:
     reconstruct_images(options.run, options.out)
 
 
-def _import_checkpoint(options: argparse.Namespace) -> None:
-    from pss_composer.checkpoints.export import import_checkpoint
+def _export_weights(options: argparse.Namespace) -> None:
+    from pss_composer.checkpoints.export import export_weights
 
-    print(import_checkpoint(options.checkpoint, options.out, ema=options.ema, image_size=options.image_size))
-
-
-def _export_checkpoint(options: argparse.Namespace) -> None:
-    from pss_composer.checkpoints.export import export_checkpoint
-
-    print(export_checkpoint(options.run, options.out, ema=options.ema, image_size=options.image_size))
+    print(export_weights(options.checkpoint, options.out, ema=options.ema, image_size=options.image_size))
 
 
 def _convert(options: argparse.Namespace) -> None:

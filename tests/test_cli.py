@@ -88,9 +88,9 @@ def test_commands_are_functions(arguments, function, args, calls):
          {"run": "RUN", "keep_rates": "--keep-rates", "data.path": "data.path", "checkpoint": "checkpoint"}),
         ("report a --out b", "evaluation.commands.report_runs", {"run": "RUN", "out": "--out"}),
         ("reconstruct a --out b", "evaluation.commands.reconstruct_images", {"run": "RUN", "out": "--out"}),
-        ("import-checkpoint a b", "checkpoints.export.import_checkpoint",
+        ("import-checkpoint a b", "checkpoints.export.export_weights",
          {"checkpoint": "FILE", "out": "OUT", "image_size": "--image-size", "ema": "--ema"}),
-        ("export-checkpoint a b", "checkpoints.export.export_checkpoint", {"run": "RUN", "out": "OUT"}),
+        ("export-checkpoint a b", "checkpoints.export.export_weights", {"checkpoint": "RUN", "out": "OUT"}),
         ("convert a b", "data.prepare.convert.convert_images",
          {"source": "SRC", "out": "OUT", "ground_truth": "--ground-truth", "shortest_side": "--shortest-side",
           "quality": "--quality", "shard_size": "--shard-size", "num_workers": "--workers", "is_strict": "--strict"}),
@@ -111,6 +111,13 @@ def test_debug_shows_the_traceback(arguments, calls):
     calls("pss_composer.data.prepare.check.check_data", InputError("must be good", key="path"))
     with pytest.raises(InputError, match="^PATH must be good$"):
         main(arguments.split())
+
+
+def test_debug_between_the_settings_of_a_recipe(calls):
+    recorded = calls("pss_composer.training.command.train_recipe", InputError("must be good", key="seed"))
+    with pytest.raises(InputError, match="^seed must be good$"):
+        main(["train", "digits", "seed=1", "--debug", "model.depth=2"])
+    assert recorded == [(("digits", ["seed=1", "model.depth=2"]), {})]
 
 
 def test_check_data_has_an_exit_status(monkeypatch):

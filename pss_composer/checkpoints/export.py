@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pss_composer.checkpoints.architecture import find_architecture
 from pss_composer.checkpoints.layouts import Weights, read_weights
-from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import fit_weights
 from pss_composer.errors import InputError
 from pss_composer.models.shape import SIZES
@@ -22,7 +21,7 @@ from pss_composer.models.shape import SIZES
 USUAL_NUM_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values()} | {1024: 16}  # and ViT-L's
 
 
-def import_checkpoint(
+def export_weights(
     checkpoint: str | Path, out: str | Path, *, ema: bool = False, image_size: int | None = None
 ) -> str:
     """Write the weights of a checkpoint as safetensors by timm's names.
@@ -47,7 +46,8 @@ def import_checkpoint(
         InputError: As in `read_weights` and `find_architecture`, or `out` or `image_size` is bad.
     """
     out = Path(out)
-    _check_out(out)
+    if out.suffix != ".safetensors" or os.path.exists(out):
+        raise InputError(f"must be a new file with the suffix .safetensors, got {out}", key="out")
     weights = read_weights(checkpoint, ema=ema)
     architecture = find_architecture(weights.tensors, checkpoint)
     arguments = architecture.arguments
@@ -70,37 +70,13 @@ def import_checkpoint(
     return "\n".join([*lines, f"{out}: {len(transfer.tensors)} weights of timm's {architecture}"])
 
 
-def export_checkpoint(
-    run: str | Path, out: str | Path, *, ema: bool = False, image_size: int | None = None
-) -> str:
-    """Call `import_checkpoint` on a run's last checkpoint, or on one of its checkpoints.
-
-    Raises:
-        InputError: `run` is neither, or as in `import_checkpoint`.
-    """
-    checkpoint = find_latest(run)
-    if os.path.isdir(checkpoint) and not (checkpoint / ".metadata").is_file():
-        raise InputError(f"must be the save_folder of a trained recipe or a checkpoint, no {LATEST} in {run}",
-                         key="run")
-    return import_checkpoint(checkpoint, out, ema=ema, image_size=image_size)
-
-
 def _choose_num_heads(weights: Weights, embed_dim: int) -> tuple[int | None, str]:
-    """The number of heads of weights that do not show it, and where it comes from."""
+    """The number of heads, and where it comes from."""
     if weights.num_heads is not None and embed_dim % weights.num_heads == 0:
         return weights.num_heads, "from the run's recipe, or from the metadata of its export"
     if not weights.is_composer and embed_dim in USUAL_NUM_HEADS:
         return USUAL_NUM_HEADS[embed_dim], "usual in DeiT and timm for this width"
     return None, "unknown: set it when you build the model"
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise InputError(f"must be a file with the suffix .safetensors, got {out}", key="out")
-    if os.path.exists(out):
-        raise InputError(f"must be a new file, {out} is there already", key="out")
-    if not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK):
-        raise InputError(f"must be in a folder that can be written, got {out}", key="out")
 
 
 def _write(out: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -112,6 +88,6 @@ def _write(out: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
             written = Path(workspace) / out.name
             save_file(tensors, written, metadata)
             os.replace(written, out)
-    except (OSError, SafetensorError) as error:  # a full disk, for example
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"must be a file that can be written, {out} cannot: {reason}", key="out") from error

@@ -109,7 +109,7 @@ def _choose_weights(
         trained, averages = _find_composer_averages(contents[key])
     if ema and not isinstance(averages, dict):
         raise InputError(f"needs a checkpoint with moving averages, {path} has none", key="ema")
-    chosen = saved if ema is None else averages if ema else trained
+    chosen: Any = saved if ema is None else averages if ema else trained
     if not _is_state_dict(chosen):
         raise bad_checkpoint(path, "must hold weights under 'model', 'state_dict' or a Composer 'state', or nothing "
                              "else", f"holds {reprlib.repr(list(contents))}")
@@ -137,7 +137,7 @@ def _is_state_dict(tensors: Any) -> bool:
 
 
 def _find_num_heads(path: Path) -> int | None:
-    """The number of heads in the recipe of a run's checkpoint, or in the metadata of a file of `import_checkpoint`."""
+    """The number of heads in the recipe of a run's checkpoint, or in the metadata of a file of `export_weights`."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

@@ -10,12 +10,12 @@ from support.checkpoint_checks import load_into_timm, read_account, refuse, toge
 from support.checkpoint_files import save, vector_weights
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
-from pss_composer.checkpoints.export import import_checkpoint
+from pss_composer.checkpoints.export import export_weights
 
 
 def test_another_image_size(tmp_path, out):
     weights = vector_weights("deit")
-    import_checkpoint(save({"model": weights}, tmp_path / "file.pth"), out, image_size=16)
+    export_weights(save({"model": weights}, tmp_path / "file.pth"), out, image_size=16)
     model = load_into_timm(out)
     assert model.patch_embed.grid_size == (4, 4)
     for name, weight in model.state_dict().items():
@@ -60,7 +60,7 @@ def test_timm(tmp_path, out, name, suffix):
         save(model.state_dict(), path)
     else:
         save_file(model.state_dict(), path, {"format": "pt"})
-    account = read_account(import_checkpoint(path, out))
+    account = read_account(export_weights(path, out))
     assert account["loaded"] == sum(account.values(), Counter()) == together(model.state_dict())
     again = load_into_timm(out, **({} if "beit" in name else {"num_heads": 4}))
     images = torch.randn(2, 3, arguments["img_size"], arguments["img_size"])
@@ -71,7 +71,7 @@ def test_timm(tmp_path, out, name, suffix):
     size = 3 * arguments["img_size"]
     model.set_input_size(size)
     out.unlink()
-    import_checkpoint(path, out, image_size=size)
+    export_weights(path, out, image_size=size)
     again = load_into_timm(out, **({} if "beit" in name else {"num_heads": 4}))
     images = torch.randn(2, 3, size, size)
     assert torch.equal(again.forward_features(images), model.forward_features(images))
@@ -86,6 +86,6 @@ def test_timm(tmp_path, out, name, suffix):
 def test_timm_of_other_kinds(tmp_path, out, name):
     name, is_without_position, _ = name.partition("-")
     model = timm.create_model(name, depth=1, **{"pos_embed": "none"} if is_without_position else {})
-    message = refuse(import_checkpoint, save(model.state_dict(), tmp_path / "file.pth"), out)
+    message = refuse(export_weights, save(model.state_dict(), tmp_path / "file.pth"), out)
     assert "checkpoint must be of a ViT of timm's, DeiT's or SimMIM's kind" in message
     assert not list(out.parent.iterdir())

@@ -12,7 +12,7 @@ from support.checkpoint_files import BUILD, save, simmim_file, vector_weights, w
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from pss_composer.checkpoints.export import import_checkpoint
+from pss_composer.checkpoints.export import export_weights
 from pss_composer.checkpoints.transfer import load_pretrained
 
 
@@ -119,7 +119,7 @@ def test_broken_files(tmp_path, out, name, recwarn):
     build, message = BROKEN[name]
     path = tmp_path / ("file.safetensors" if name.startswith("safetensors") else "file.pth")
     build(path)
-    line = refuse(import_checkpoint, path, out)
+    line = refuse(export_weights, path, out)
     assert re.search(message, line) and str(path) in line
     assert not list(out.parent.iterdir())
     assert not recwarn.list
@@ -135,6 +135,6 @@ def test_broken_files(tmp_path, out, name, recwarn):
 ])
 def test_paths_that_are_not_checkpoints(tmp_path, out, path, message):
     path, message = (text.format(folder=tmp_path) for text in (path, message))
-    assert re.search(f"^checkpoint {message}", refuse(import_checkpoint, path, out))
+    assert re.search(f"^checkpoint {message}", refuse(export_weights, path, out))
     assert re.search(f"^checkpoint {message}", refuse(load_pretrained, BUILD["simmim"](), path))
     assert not list(out.parent.iterdir())

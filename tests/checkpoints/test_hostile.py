@@ -16,7 +16,7 @@ from support.hostile import CALLS, Hostile
 from torch.distributed.device_mesh import DeviceMesh
 from yacs.config import CfgNode
 
-from pss_composer.checkpoints.export import import_checkpoint
+from pss_composer.checkpoints.export import export_weights
 from pss_composer.checkpoints.reading import read_file
 from pss_composer.checkpoints.transfer import load_pretrained
 
@@ -51,7 +51,7 @@ def test_a_hostile_file_does_nothing(tmp_path, out, put, call, kind):
     contents = simmim_file("simmim")
     put(contents, CALLS[call](marker))
     path = save(contents, tmp_path / "file.pth", kind)
-    message = refuse(import_checkpoint, path, out)
+    message = refuse(export_weights, path, out)
     assert f"{path} asks for {call}: refused, and nothing of it was run" in message
     model = BUILD["simmim"]()
     before = copy_weights(model)
@@ -67,9 +67,9 @@ def test_a_hostile_file_does_nothing(tmp_path, out, put, call, kind):
 def test_pickles_of_other_protocols_do_nothing(tmp_path, out, protocol):
     marker = tmp_path / "marker"
     torch.save({"config": CALLS["posix.system"](marker)}, tmp_path / "file.pth", pickle_protocol=protocol)
-    assert re.search("cannot be read|asks for posix.system", refuse(import_checkpoint, tmp_path / "file.pth", out))
+    assert re.search("cannot be read|asks for posix.system", refuse(export_weights, tmp_path / "file.pth", out))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(CALLS["posix.system"](marker), protocol))
-    assert "must be a file of torch.save" in refuse(import_checkpoint, tmp_path / "plain.pth", out)
+    assert "must be a file of torch.save" in refuse(export_weights, tmp_path / "plain.pth", out)
     assert not marker.exists()
 
 
@@ -80,7 +80,7 @@ def test_what_others_allow_torch_is_refused_too(tmp_path, out):
         assert DeviceMesh in before
         for function, name in [(DeviceMesh, "torch.distributed.tensor"), (Path, r"pathlib.(\w+\.)?Path")]:
             path = save({"config": Hostile(function, "cpu")}, tmp_path / "file.pth")
-            assert re.search(rf"asks for {name}: refused", refuse(import_checkpoint, path, out))
+            assert re.search(rf"asks for {name}: refused", refuse(export_weights, path, out))
         contents = read_file(save(simmim_file("simmim"), tmp_path / "file.pth"))
         assert type(contents["config"]) is not CfgNode
         assert set(torch.serialization.get_safe_globals()) == set(before)

@@ -34,7 +34,7 @@ from support.checkpoint_files import (
     with_weights,
 )
 
-from pss_composer.checkpoints.export import import_checkpoint
+from pss_composer.checkpoints.export import export_weights
 from pss_composer.checkpoints.layouts import read_weights
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
 from pss_composer.pretraining.simmim import SimMIM
@@ -44,7 +44,7 @@ from pss_composer.pretraining.simmim import SimMIM
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_layouts(tmp_path, out, name, kind):
     contents = PUBLISHED[name]()
-    report = import_checkpoint(save(contents, tmp_path / "file.pth", kind), out)
+    report = export_weights(save(contents, tmp_path / "file.pth", kind), out)
     account, weights = read_account(report), load_file(out)
     dropped = {key for key in contents["model"] if key.endswith("relative_position_index")}
     if name == "pretraining":
@@ -76,7 +76,7 @@ def test_published_layouts(tmp_path, out, name, kind):
     assert (f"not weights, left out: {', '.join(others)}" in report) == bool(others)
     assert list(out.parent.iterdir()) == [out]
     again = tmp_path / "again.safetensors"
-    assert read_account(import_checkpoint(out, again)) == {title: Counter() for title in TITLES} | {
+    assert read_account(export_weights(out, again)) == {title: Counter() for title in TITLES} | {
         "loaded": together(weights)}
     assert_same(load_file(again), weights)
 
@@ -86,7 +86,7 @@ def test_a_compressed_zip(tmp_path, out):
     with zipfile.ZipFile(path) as stored, zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as deflated:
         for name in stored.namelist():
             deflated.writestr(name, stored.read(name))
-    import_checkpoint(compressed, out)
+    export_weights(compressed, out)
     assert_same(load_file(out), vector_weights("simmim"))
 
 
@@ -94,7 +94,7 @@ def test_a_compressed_zip(tmp_path, out):
 def test_half_precision(tmp_path, out, dtype):
     weights = {name: weight.to(dtype) for name, weight in vector_weights("simmim").items()}
     path = save({"model": weights}, tmp_path / "file.pth")
-    import_checkpoint(path, out)
+    export_weights(path, out)
     assert_same(load_file(out), weights)
     model = BUILD["simmim"]()
     load_pretrained(model, path)
@@ -105,7 +105,7 @@ def test_half_precision(tmp_path, out, dtype):
 @pytest.mark.parametrize("name", ["simmim", "pretraining"])
 def test_bare_state_dicts(tmp_path, out, name, prefix):
     weights = {prefix + key: weight for key, weight in as_state_dict(vector_weights(name)).items()}
-    report = import_checkpoint(save(weights, tmp_path / "file.pth"), out)
+    report = export_weights(save(weights, tmp_path / "file.pth"), out)
     assert read_account(report)["loaded"] == together(load_file(out)) and "not weights" not in report
     vit = load_into_timm(out)
     if name == "simmim":
@@ -114,7 +114,7 @@ def test_bare_state_dicts(tmp_path, out, name, prefix):
 
 def test_moving_averages_of_deit(tmp_path, out):
     path = save(deit_pss_file(), tmp_path / "file.pth")
-    assert "its moving averages" in import_checkpoint(path, out, ema=True)
+    assert "its moving averages" in export_weights(path, out, ema=True)
     assert_same(load_file(out), {name: 2 * weight for name, weight in vector_weights("deit").items()})
 
 
@@ -122,7 +122,7 @@ def test_weights_that_share_memory(tmp_path, out):
     weights = vector_weights("simmim")
     tables = [name for name in weights if name.endswith("bias_table")]
     shared = dict.fromkeys(tables, weights[tables[0]])
-    import_checkpoint(save({"model": {**weights, **shared}}, tmp_path / "file.pth"), out)
+    export_weights(save({"model": {**weights, **shared}}, tmp_path / "file.pth"), out)
     assert_same(load_file(out), {**weights, **shared})
 
 
@@ -135,7 +135,7 @@ def test_read_weights_names_what_is_no_weight(published):
 def test_two_weights_of_one_name(tmp_path, out):
     weights = vector_weights("simmim")
     path = save({"model": weights | {"encoder.cls_token": weights["cls_token"]}}, tmp_path / "two.pth")
-    assert "must hold each weight once" in refuse(import_checkpoint, path, out)
+    assert "must hold each weight once" in refuse(export_weights, path, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite(tmp_path, out, value, dtype):
     contents = with_weights(simmim_file("simmim"), blocks__1__mlp__fc2__weight=weight)
     path = save(contents, tmp_path / "file.pth")
     message = f"checkpoint must hold finite weights, {path} has NaN or infinity at blocks.1.mlp.fc2.weight"
-    assert refuse(import_checkpoint, path, out) == message and not list(out.parent.iterdir())
+    assert refuse(export_weights, path, out) == message and not list(out.parent.iterdir())
     model = BUILD["simmim"]()
     before = copy_weights(model)
     assert refuse(load_pretrained, model, path) == message
@@ -159,6 +159,6 @@ def test_averages_that_are_not_read_may_be_infinite(tmp_path, out):
     contents = deit_pss_file()
     contents["model_ema"]["cls_token"][:] = float("inf")
     path = save(contents, tmp_path / "file.pth")
-    assert "at cls_token" in refuse(import_checkpoint, path, out, ema=True)
-    import_checkpoint(path, out)
+    assert "at cls_token" in refuse(export_weights, path, out, ema=True)
+    export_weights(path, out)
     assert_same(load_file(out), vector_weights("deit"))

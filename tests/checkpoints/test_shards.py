@@ -11,7 +11,7 @@ from support.checkpoint_files import BUILD
 from support.checkpoint_runs import append_entry, to_bytes, train_sharded
 from support.hostile import CALLS
 
-from pss_composer.checkpoints.export import export_checkpoint, import_checkpoint
+from pss_composer.checkpoints.export import export_weights
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
 
 
@@ -31,7 +31,7 @@ def copy(sharded, tmp_path):
 @pytest.mark.parametrize("source", ["", "latest-rank0.pt", "ep0-ba3"])
 def test_shards(sharded, out, source):
     folder, expected = sharded
-    assert "its moving averages" in export_checkpoint(folder / source, out, ema=True)
+    assert "its moving averages" in export_weights(folder / source, out, ema=True)
     assert_same(load_file(out), {name.removeprefix("module."): weight for name, weight in expected.items()})
     load_into_timm(out)
     for load in (load_pretrained, load_checkpoint):
@@ -52,7 +52,7 @@ def test_hostile_shards_do_nothing(copy, tmp_path, out, place):
     else:
         metadata.planner_data["extra"] = hostile
     (copy / ".metadata").write_bytes(pickle.dumps(hostile if place == "metadata" else metadata))
-    message = refuse(import_checkpoint, copy, out)
+    message = refuse(export_weights, copy, out)
     assert "asks for posix.system: refused, and nothing of it was run" in message
     assert not marker.exists() and not list(out.parent.iterdir())
 
@@ -71,5 +71,5 @@ def truncate(path):
 ])
 def test_broken_shards(copy, out, change, message):
     change(copy)
-    assert re.search(message, refuse(import_checkpoint, copy, out))
+    assert re.search(message, refuse(export_weights, copy, out))
     assert not list(out.parent.iterdir())
