@@ -13,12 +13,11 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from pss_composer.checks import raise_errors
-from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS, SourceImage, Split, find_splits
 from pss_composer.data.prepare.settings import ConversionSettings
 from pss_composer.data.prepare.shards import Job, run_workers
@@ -66,24 +65,20 @@ def convert_images(
     raise_errors(settings.check())
     with closing(open_store(out, key="out", is_written=True)) as store:
         splits = find_splits(source, ground_truth, _read_classes(store))
-        for name in _list_folder(store, ""):
-            if name not in SPLITS:
-                raise InputError(f"must hold nothing but {' and '.join(SPLITS)}, got {name!r} at {hide_password(out)}",
-                                 key="out")
-        unfinished = []
-        for split in splits:  # all are checked before the first takes hours
-            fingerprint = _fingerprint(split, settings)
-            if _find_state(store, split.name, fingerprint) == "finished":
+        foreign = sorted({*store.list_folder("")} - {*SPLITS})
+        if foreign:
+            raise InputError(f"must hold nothing but {' and '.join(SPLITS)}, got {foreign[0]!r} at {store.shown}",
+                             key="out")
+        plans = [{"fingerprint": _fingerprint(split, settings), **settings.describe_shards()} for split in splits]
+        for split, plan in zip(splits, plans, strict=True):
+            _is_finished(store, split.name, plan)  # what is wrong there shows before the first split takes hours
+        for split, plan in zip(splits, plans, strict=True):
+            if _is_finished(store, split.name, plan):
                 print(f"{split.name}: finished already, nothing to do")
-                _clear_parts(store, split.name)
             else:
-                unfinished.append((split, fingerprint))
-        for split, fingerprint in unfinished:
-            with _open_split(store, split.name) as lock:
-                # another conversion may have written here before the lock was free
-                is_resumed = _find_state(store, split.name, fingerprint) != "new"
-                shards = plan_shards(split, settings.shard_bytes)
-                _convert_split(Job(store, split, shards, settings, fingerprint, is_resumed, lock))
+                _convert_split(store, split, settings, plan)
+            if not isinstance(store, RemoteStore):  # streaming does not remove files there
+                shutil.rmtree(store.root / split.name / PARTS, ignore_errors=True)
 
 
 def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
@@ -110,17 +105,9 @@ def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
 
 
 def _read_classes(store: Store) -> dict[str, list[str]]:
-    files = {split: store.read(f"{split}/classes.json") for split in SPLITS}
-    try:
-        return {split: list(json.loads(data)) for split, data in files.items() if data is not None}
-    except (ValueError, TypeError):
-        message = "must hold a list of class names in classes.json, got something else"
-        raise InputError(message, key="out") from None
-
-
-def _list_folder(store: Store, name: str) -> list[str]:
-    """The names of files and folders in a folder of the store; none where it cannot list them."""
-    return store.retry(lambda: store.list_folder(name), f"must be readable at {hide_password(store.url)}") or []
+    """The classes of the splits that are there."""
+    classes = {split: store.read_json(f"{split}/classes.json") for split in SPLITS}
+    return {split: names for split, names in classes.items() if names is not None}
 
 
 def _fingerprint(split: Split, settings: ConversionSettings) -> str:
@@ -130,79 +117,48 @@ def _fingerprint(split: Split, settings: ConversionSettings) -> str:
     return digest.hexdigest()
 
 
-def _find_state(store: Store, name: str, fingerprint: str) -> str:
-    """`new`, `started` or `finished`."""
-    plan = store.read(f"{name}/plan.json")
+def _is_finished(store: Store, name: str, plan: dict[str, Any]) -> bool:
+    """Whether a split is complete; it must be new or hold this conversion."""
+    found = store.read_json(f"{name}/plan.json")
     is_finished = store.read(f"{name}/index.json") is not None
     # where the store cannot list its files, at least the index of a finished conversion is found
-    names = _list_folder(store, name) or (["index.json"] if is_finished else [])
-    foreign = [entry for entry in names if entry != PARTS and (plan is None or not OWN_NAMES.fullmatch(entry))]
+    names = store.list_folder(name) or ["index.json"] * is_finished
+    foreign = [entry for entry in names if entry != PARTS and (found is None or not OWN_NAMES.fullmatch(entry))]
     if foreign:
         raise InputError(f"must be new or hold this conversion, got a foreign {name}/{foreign[0]}", key="out")
-    if plan is None:
-        return "new"
-    try:
-        is_same = json.loads(plan)["fingerprint"] == fingerprint
-    except (ValueError, KeyError, TypeError):
-        is_same = False
-    if not is_same:
+    if found not in (None, plan):
         raise InputError(
             f"must be new or hold this conversion, got {name}/plan.json of another one (of other images or classes, "
             "or with another shortest side, quality or shard size)",
             key="out",
         )
-    return "finished" if is_finished else "started"
+    return is_finished
 
 
-@contextmanager
-def _open_split(store: Store, name: str) -> Iterator[FolderLock | None]:
-    """Keep other conversions on this machine out of a split, and at the end remove what only a conversion needs."""
-    if isinstance(store, RemoteStore):
-        yield None
-        return
-    lock = FolderLock(store.root / name / PARTS, key="out")
+def _convert_split(store: Store, split: Split, settings: ConversionSettings, plan: dict[str, Any]) -> None:
+    lock = None if isinstance(store, RemoteStore) else FolderLock(store.root / split.name / PARTS, key="out")
     try:
-        yield lock
-        _clear_parts(store, name)
-    finally:
-        lock.release()
-
-
-def _clear_parts(store: Store, name: str) -> None:
-    if not isinstance(store, RemoteStore):  # streaming does not remove files there
-        shutil.rmtree(store.root / name / PARTS, ignore_errors=True)
-
-
-def _convert_split(job: Job) -> None:
-    store, split = job.store, job.split
-    if not job.is_resumed:
-        plan = {
-            "fingerprint": job.fingerprint,
-            "source": str(split.folder.resolve()),
-            "images": len(split.images),
-            "shards": len(job.shards),
-            **job.settings.describe_shards(),
-        }
         store.write_json(f"{split.name}/plan.json", plan)
-    store.write_json(f"{split.name}/classes.json", split.classes)
-    if split.num_ignored:
-        print(f"{split.name}: {split.num_ignored:,} other files and folders ignored")
+        store.write_json(f"{split.name}/classes.json", split.classes)
+        if split.num_ignored:
+            print(f"{split.name}: {split.num_ignored:,} other files and folders ignored")
+        store.close()  # two processes cannot use one connection
+        shards = plan_shards(split, settings.shard_bytes)
+        records = run_workers(Job(store, split, shards, settings, plan["fingerprint"], lock))
+        entries = [record["shard"] for record in records if record["shard"] is not None]
+        if not entries:
+            name, reason = records[0]["left_out"][0]
+            raise InputError(f"must hold images that decode, got none in {split.name}; {name}: {reason}", key="source")
+        # the last file: with it the split is complete
+        store.write_json(f"{split.name}/index.json", {"version": 2, "shards": entries})
+    finally:
+        if lock is not None:
+            lock.release()
 
-    store.close()  # two processes cannot use one connection
-    records = run_workers(job)
-    entries = [record["shard"] for record in records if record["shard"] is not None]
-    if not entries:
-        name, reason = records[0]["left_out"][0]
-        raise InputError(f"must hold images that decode, got none in {split.name}; {name}: {reason}", key="source")
-    # the last file: with it the split is complete
-    store.write_json(f"{split.name}/index.json", {"version": 2, "shards": entries})
-
-    left_out = sorted(tuple(image) for record in records for image in record["left_out"])
+    left_out = sorted(image for record in records for image in record["left_out"])
     for name, reason in left_out:
         print(f"left out: {split.folder / name}: {reason}")
     num_images = sum(entry["samples"] for entry in entries)
     num_shards = f"{len(entries):,} shard{'' if len(entries) == 1 else 's'}"
-    print(
-        f"{split.name}: {num_images:,} images of {len(split.classes)} classes in {num_shards}, "
-        f"{len(left_out):,} left out"
-    )
+    print(f"{split.name}: {num_images:,} images of {len(split.classes)} classes in {num_shards}, "
+          f"{len(left_out):,} left out")

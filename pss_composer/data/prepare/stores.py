@@ -1,15 +1,14 @@
-"""Where shards are stored: a folder of this machine, or a store that streaming reads and writes."""
+"""Where shards lie: a folder of this machine, or a store that streaming reads and writes."""
 
 from __future__ import annotations
 
 import json
 import os
 import posixpath
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,80 +26,84 @@ T = TypeVar("T")
 class Store:
     """A folder with files like `train/shard.00000.mds`; a file appears under its name whole or not at all.
 
+    Whatever fails is tried again on a new connection, after longer and longer pauses; then it is an `InputError`.
+
     Args:
         url: The folder, which need not be there yet; of `RemoteStore` a URL.
         key: The argument that gives it, for messages.
+
+    Attributes:
+        shown: The URL without its password, for messages.
     """
 
     def __init__(self, url: str, *, key: str) -> None:
-        self.url, self.key, self.root = url, key, Path(url)
+        self.url, self.shown, self.key, self.root = url, hide_password(url), key, Path(url)
 
-    def put(self, folder: Path, name: str) -> None:
-        """Move the file `folder/name` here, over what is there. `folder` is one of `open_workspace`."""
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / name, self.root / name)
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None if it is not there."""
+        return self._retry(lambda: self._read(name), f"must be readable at {posixpath.join(self.shown, name)}")
 
-    def fetch(self, name: str, folder: Path) -> Path | None:
-        """A local file with these bytes, copied to `folder` if need be; None if there is no such file."""
-        return self.root / name if (self.root / name).is_file() else None
+    def read_json(self, name: str) -> Any:
+        """The value in a file; None if the file is not there, or broken, as after a power cut."""
+        data = self.read(name) or b""
+        try:
+            return json.loads(data)
+        except ValueError:
+            return None
 
-    def list_folder(self, name: str) -> list[str] | None:
-        """The sorted names of files and folders in a folder; None if the store cannot list them."""
-        return sorted(os.listdir(self.root / name)) if (self.root / name).exists() else []
+    def write(self, name: str, fill: Callable[[Path], T]) -> T:
+        """Have `fill` write a new file, and put it here, over what is there; returns what `fill` does."""
+        def write() -> T:
+            with TemporaryDirectory(dir=self._find_workspace(name)) as folder:
+                file = Path(folder, name)
+                file.parent.mkdir(parents=True)
+                result = fill(file)
+                self.put(Path(folder), name)
+                return result
+
+        return self._retry(write, f"must take {name}")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as a file."""
+        self.write(name, lambda file: file.write_text(json.dumps(value, sort_keys=True)))
+
+    def list_folder(self, name: str) -> list[str]:
+        """The sorted names of files and folders in a folder; none if the store cannot list them."""
+        return self._retry(lambda: sorted(self._list(name)), f"must be readable at {self.shown}")
 
     def has_size(self, name: str, num_bytes: int) -> bool:
         """Whether a file that was put here is still whole; after a power cut it may not be."""
         return (self.root / name).is_file() and (self.root / name).stat().st_size == num_bytes
 
-    def open_workspace(self, split: str) -> tempfile.TemporaryDirectory:
-        """A temporary folder for what `put` moves to a split."""
-        return tempfile.TemporaryDirectory(dir=self.root / split / PARTS)  # a rename does not cross file systems
+    def put(self, folder: Path, name: str) -> None:
+        """Move the file `folder/name` here."""
+        os.replace(folder / name, self.root / name)
 
     def close(self) -> None:
         """End the connection; the next use makes a new one, in whatever process."""
         return
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a small file; None if it is not there."""
-        def read() -> bytes | None:
-            with tempfile.TemporaryDirectory() as folder:
-                file = self.fetch(name, Path(folder))
-                return None if file is None else file.read_bytes()
+    def _read(self, name: str) -> bytes | None:
+        return (self.root / name).read_bytes() if (self.root / name).is_file() else None
 
-        return self.retry(read, f"must be readable at {posixpath.join(hide_password(self.url), name)}")
+    def _list(self, name: str) -> set[str]:
+        return set(os.listdir(self.root / name)) if (self.root / name).exists() else set()
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a small file."""
-        def write() -> None:
-            with self.open_workspace(name.split("/")[0]) as folder:
-                file = Path(folder, name)
-                file.parent.mkdir(parents=True)
-                file.write_text(json.dumps(value, sort_keys=True))
-                self.put(Path(folder), name)
+    def _find_workspace(self, name: str) -> Path | None:
+        return self.root / name.split("/")[0] / PARTS  # `put` cannot move a file to another file system
 
-        self.retry(write, f"must take {name}")
-
-    def retry(self, function: Callable[[], T], rule: str) -> T:
-        """Call a function; if it fails, call it again on a new connection, after longer and longer pauses.
-
-        Raises:
-            InputError: The last attempt failed, too; `rule` is what this breaks.
-        """
-        backoffs = iter(BACKOFFS)
-        while True:
+    def _retry(self, function: Callable[[], T], rule: str) -> T:
+        for backoff in BACKOFFS:
             try:
                 return function()
-            except InputError:
-                raise
-            except Exception as error:  # the libraries of stores have no common class of errors
-                backoff = next(backoffs, None)
-                if backoff is None:
-                    reason = to_line(error).replace(self.url, hide_password(self.url))
-                    message = f"{rule}, got {reason} ({len(BACKOFFS) + 1} attempts)"
-                    raise InputError(message, key=self.key) from error
-                with suppress(Exception):
-                    self.close()
-            time.sleep(backoff)
+            except Exception:  # the libraries of stores have no common class of errors
+                self.close()
+                time.sleep(backoff)
+        try:
+            return function()
+        except Exception as error:
+            reason = to_line(error).replace(self.url, self.shown)
+            raise InputError(f"{rule}, got {reason} ({len(BACKOFFS) + 1} attempts)", key=self.key) from error
 
 
 class RemoteStore(Store):
@@ -111,47 +114,46 @@ class RemoteStore(Store):
         self._downloader = CloudDownloader.get(url)
         self._uploader: Any = None
 
+    def has_size(self, name: str, num_bytes: int) -> bool:
+        return True  # a remote store does not lose what it has taken
+
     def put(self, folder: Path, name: str) -> None:
         uploader = self._connect()
         uploader.local = str(folder)
         uploader.upload_file(name)
 
-    def fetch(self, name: str, folder: Path) -> Path | None:
-        file = folder / posixpath.basename(name)
-        try:
-            self._downloader.download(f"{self.url}/{name}", str(file))
-        except Exception as error:
-            file.unlink(missing_ok=True)
-            if _is_missing(error):
-                return None
-            raise
-        return file
-
-    def list_folder(self, name: str) -> list[str] | None:
-        folder = posixpath.join(name, "") if name else ""
-        try:
-            keys = self._connect().list_objects(folder)
-        except NotImplementedError:
-            return None
-        # keys are full paths within the bucket, of everything below
-        prefix = posixpath.join(urlsplit(self.url).path.strip("/"), folder).strip("/") + "/"
-        keys = [f"/{key.strip('/')}" for key in keys]
-        return sorted({key[key.index(prefix) + len(prefix):].split("/")[0] for key in keys if prefix in key})
-
-    def has_size(self, name: str, num_bytes: int) -> bool:
-        return True  # a remote store does not lose what it has taken
-
-    def open_workspace(self, split: str) -> tempfile.TemporaryDirectory:
-        return tempfile.TemporaryDirectory(prefix="pss-convert-")
-
     def close(self) -> None:
         self._downloader.clean_up()
         self._uploader = None
 
+    def _read(self, name: str) -> bytes | None:
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "file")
+            try:
+                self._downloader.download(f"{self.url}/{name}", str(file))
+            except Exception as error:
+                if _is_missing(error):
+                    return None
+                raise
+            return file.read_bytes()
+
+    def _list(self, name: str) -> set[str]:
+        folder = posixpath.join(name, "") if name else ""
+        try:
+            keys = self._connect().list_objects(folder)
+        except NotImplementedError:
+            return set()
+        # keys are full paths within the bucket, of everything below
+        prefix = posixpath.join(urlsplit(self.url).path.strip("/"), folder).strip("/") + "/"
+        return {f"/{key.strip('/')}".partition(prefix)[2].split("/")[0] for key in keys} - {""}
+
+    def _find_workspace(self, name: str) -> Path | None:
+        return None
+
     def _connect(self) -> Any:
         if self._uploader is None:
-            with tempfile.TemporaryDirectory() as folder:
-                self._uploader = CloudUploader.get((folder, self.url), retry=1)  # `retry` makes the other attempts
+            with TemporaryDirectory() as folder:
+                self._uploader = CloudUploader.get((folder, self.url), retry=1)  # `_retry` makes the other attempts
         return self._uploader
 
 
@@ -161,7 +163,7 @@ def open_store(url: str, *, key: str, is_written: bool = False) -> Store:
     Raises:
         InputError: `url` is a file, or streaming does not read, or if `is_written` not write, such a URL.
     """
-    scheme, hidden = urlsplit(url).scheme, hide_password(url)
+    scheme, shown = urlsplit(url).scheme, hide_password(url)
     if scheme == "":
         if os.path.exists(url) and not os.path.isdir(url):
             raise InputError(f"must be a folder, got {url!r}", key=key)
@@ -169,12 +171,12 @@ def open_store(url: str, *, key: str, is_written: bool = False) -> Store:
     # streaming writes to the top of an hf:// repository, whatever folder the URL names
     writable = sorted({name.split(":")[0] for name in UPLOADERS} - {"", "hf"})
     if is_written and scheme not in writable:
-        raise InputError(f"must be a folder or begin with {'://, '.join(writable)}://, got {hidden!r}", key=key)
+        raise InputError(f"must be a folder or begin with {'://, '.join(writable)}://, got {shown!r}", key=key)
     try:
         return RemoteStore(url, key=key)
     except Exception as error:  # an unknown scheme, or a store's library that is not installed
-        reason = to_line(error).replace(url, hidden)
-        raise InputError(f"must be a folder or a store that streaming reads, got {hidden!r}: {reason}",
+        reason = to_line(error).replace(url, shown)
+        raise InputError(f"must be a folder or a store that streaming reads, got {shown!r}: {reason}",
                          key=key) from error
 
 
