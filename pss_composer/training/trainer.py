@@ -48,7 +48,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """A Composer `Trainer` that is ready to `fit()`.
 
     Raises:
-        InputError: What only weights and data can tell of a recipe.
+        InputError: A mistake that shows only with the weights or the data.
     """
     device = recipe.device or ("gpu" if torch.cuda.is_available() else "cpu")
     if recipe.deterministic:
@@ -99,7 +99,7 @@ def train(recipe: Recipe) -> Trainer:
     """Train a recipe from its start, or from its last checkpoint under `autoresume`.
 
     Raises:
-        InputError: What a user can mend; before the first checkpoint nothing is left of the run then.
+        InputError: A mistake that the user can mend. A run that fails before its first checkpoint leaves nothing.
     """
     with claim_folder(recipe):
         trainer = build_trainer(recipe)
@@ -148,7 +148,8 @@ def run(recipe: Recipe) -> None:
 
 
 def _close(trainer: Trainer) -> None:
-    trainer.close()  # ends the workers of the training data alone
+    # not trainer.close(), which waits for the other ranks: where one has failed, they wait for it in a step
+    trainer.engine.close()  # ends the workers of the training data alone
     for evaluator in trainer.state.evaluators:
         evaluator.dataloader.dataloader.close()
 
