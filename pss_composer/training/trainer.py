@@ -50,12 +50,17 @@ def build_trainer(recipe: Recipe) -> Trainer:
     Raises:
         InputError: A mistake that shows only with the weights or the data.
     """
+    with tempfile.TemporaryDirectory(prefix="pss-load-") as downloads:
+        return _build_trainer(recipe, Path(downloads))
+
+
+def _build_trainer(recipe: Recipe, downloads: Path) -> Trainer:
     device = recipe.device or ("gpu" if torch.cuda.is_available() else "cpu")
     if recipe.deterministic:
         reproducibility.configure_deterministic_mode()
     reproducibility.seed_all(recipe.seed)  # every rank starts from the same weights
     model = build_model(recipe.model)
-    load_path = _load_weights(model, recipe)
+    load_path = _load_weights(model, recipe, downloads)
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
         model.vit.set_grad_checkpointing()
     dist.initialize_dist(device)
@@ -167,7 +172,7 @@ def _naming_full_disk(folder: Path) -> Iterator[None]:
                          key="save_folder") from error
 
 
-def _load_weights(model: ComposerModel, recipe: Recipe) -> str | None:
+def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str | None:
     """Give the model its pre-trained weights, and return the file that Composer is to load later, or None.
 
     A resumed run has its own weights. That file is read here already, to see whether it is of this model.
@@ -181,7 +186,7 @@ def _load_weights(model: ComposerModel, recipe: Recipe) -> str | None:
     if recipe.load_path is None:
         return None
     if "://" in recipe.load_path:
-        path = Path(tempfile.mkdtemp(prefix="pss-load-")) / Path(recipe.load_path).name
+        path = downloads / Path(recipe.load_path).name
         try:
             get_file(recipe.load_path, str(path))
         except Exception as error:  # each store's library raises its own

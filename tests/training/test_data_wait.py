@@ -28,19 +28,20 @@ class Slow(DataLoader):
 
 
 class Busy(nn.Module):
-    def __init__(self):
+    def __init__(self, seconds):
         super().__init__()
         self.linear = nn.Linear(4, 2)
+        self.seconds = seconds
 
     def forward(self, images):
-        time.sleep(0.03)
+        time.sleep(self.seconds)
         return self.linear(images)
 
 
-def fit(monkeypatch, *, start=0.0, seconds=0.0):
+def fit(monkeypatch, *, start=0.0, seconds=0.0, compute=0.03):
     """The metrics of three epochs, and their time, with a slow loader of twelve batches."""
     monkeypatch.setattr(data_wait, "WINDOW", 10)
-    model, logger = ComposerClassifier(Busy(), num_classes=2), InMemoryLogger()
+    model, logger = ComposerClassifier(Busy(compute), num_classes=2), InMemoryLogger()
     loader = Slow(TensorDataset(torch.zeros(12, 4), torch.zeros(12, dtype=torch.int64)), batch_size=1)
     loader.start, loader.seconds = start, seconds
     trainer = Trainer(model=model, train_dataloader=loader, max_duration="3ep", loggers=logger, device="cpu",
@@ -70,12 +71,12 @@ def test_a_slow_loader_is_named_once_with_its_figures(monkeypatch, capsys):
 
 
 def test_a_fast_loader_is_never_named(monkeypatch, capsys):
-    metrics, _ = fit(monkeypatch)
+    metrics, _ = fit(monkeypatch, compute=0.1)
     assert "data loader" not in capsys.readouterr().out
     assert len(metrics["wait_s"]) == 36
 
 
 def test_the_first_step_of_an_epoch_does_not_count(monkeypatch, capsys):
-    metrics, _ = fit(monkeypatch, start=0.1)
+    metrics, _ = fit(monkeypatch, start=0.1, compute=0.1)
     assert [wait > 0.1 for wait in metrics["wait_s"]] == ([True] + [False] * 11) * 3
     assert "data loader" not in capsys.readouterr().out
