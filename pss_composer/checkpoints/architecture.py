@@ -52,13 +52,12 @@ def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Archit
         InputError: No known ViT has these weights.
     """
     weights = {name: w for name, w in weights.items() if name != "mask_token" and not name.startswith("decoder.")}
-    for name in ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
-        if name not in weights:
-            raise bad_checkpoint(path, KNOWN_VIT, f"has no {name}, but {reprlib.repr(list(weights))}")
     is_beit = any(name.endswith((".q_bias", "relative_position_bias_table", "gamma_1")) for name in weights)
     try:
         architecture = _describe_beit(weights) if is_beit else _describe_vision_transformer(weights)
         expected = architecture.build_empty().state_dict()
+    except KeyError as error:
+        raise bad_checkpoint(path, KNOWN_VIT, f"has no {error.args[0]}, but {reprlib.repr(list(weights))}") from error
     # timm asserts that its arguments fit together; a shape can have too few dimensions, or a zero
     except (AssertionError, ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
         reason = str(error).splitlines()[0] if str(error) else "no such ViT"
@@ -73,18 +72,16 @@ def find_architecture(weights: Mapping[str, Tensor], path: str | Path) -> Archit
 
 def _describe_beit(weights: Mapping[str, Tensor]) -> Architecture:
     tables = [weight for name, weight in weights.items() if name.endswith("relative_position_bias_table")]
-    if "pos_embed" in weights:
-        grid_side = _square_root(weights["pos_embed"].shape[1] - 1, "pos_embed")
-    elif tables:
-        grid_side = find_grid_side(tables[0])
+    if tables:
+        # a row for each distance between two of n x n patches, (2n - 1)² of them, and 3 for the class token
+        grid_side = (_square_root(tables[0].shape[0] - 3, "relative_position_bias_table") + 1) // 2
     else:
-        raise ValueError("neither a position embedding nor a relative position bias")
-    arguments = _describe_sizes(weights, grid_side) | {"global_pool": _find_pooling(weights)}
+        grid_side = _square_root(weights["pos_embed"].shape[1] - 1, "pos_embed")
+    arguments = _describe_sizes(weights, grid_side)
     if tables:
         arguments["num_heads"] = tables[0].shape[1]
-        if arguments["embed_dim"] % arguments["num_heads"]:
-            raise ValueError(f"width {arguments['embed_dim']} with a bias table of {arguments['num_heads']} heads")
     return Architecture(Beit, arguments | {
+        "global_pool": _find_pooling(weights),
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -94,8 +91,6 @@ def _describe_beit(weights: Mapping[str, Tensor]) -> Architecture:
 
 
 def _describe_vision_transformer(weights: Mapping[str, Tensor]) -> Architecture:
-    if "pos_embed" not in weights:
-        raise ValueError("no position embedding")
     is_distilled = "dist_token" in weights
     num_registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     num_positions = weights["pos_embed"].shape[1]
@@ -129,22 +124,7 @@ def _find_pooling(weights: Mapping[str, Tensor]) -> str:
     return "avg" if "fc_norm.weight" in weights else "token" if "head.weight" in weights else ""
 
 
-def find_grid_side(table: Tensor) -> int:
-    """The side n of the n x n patches that a `Beit` bias table (positions, heads) is for.
-
-    The table has (2n - 1)² rows for the distances between two patches, and 3 for the class token.
-
-    Raises:
-        ValueError: No square grid has this number of rows.
-    """
-    num_distances = _square_root(table.shape[0] - 3, "relative_position_bias_table")
-    if num_distances % 2 == 0:
-        raise ValueError(f"a relative_position_bias_table of {table.shape[0]} positions")
-    return (num_distances + 1) // 2
-
-
 def _square_root(number: int, name: str) -> int:
-    root = math.isqrt(max(number, 0))
-    if root < 1 or root**2 != number:
-        raise ValueError(f"{name} is for {number} patches, which are not a square")
-    return root
+    if number < 1 or math.isqrt(number) ** 2 != number:
+        raise ValueError(f"{name} has {number} positions, which are not a square")
+    return math.isqrt(number)

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
-from pss_composer.checkpoints.architecture import SHARED_TABLE, find_grid_side
+from pss_composer.checkpoints.architecture import SHARED_TABLE
 from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
 from pss_composer.checkpoints.reading import bad_checkpoint
 
@@ -136,7 +137,11 @@ def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: Any, path:
             transfer.tensors[name] = source
             (transfer.copied if name in copied else transfer.loaded).append(name)
         else:
-            transfer.tensors[name] = _resize(name, source, target, vit, path)
+            resized = _resize(name, source, target, vit)
+            if resized.shape != target.shape:
+                raise bad_checkpoint(path, SAME_ARCHITECTURE,
+                                     f"has {tuple(source.shape)} at {name}, the model {tuple(target.shape)}")
+            transfer.tensors[name] = resized
             transfer.interpolated.append(f"{name} {tuple(source.shape)} -> {tuple(target.shape)}")
     for name in sources:
         # the norm after SimMIM's last block is for tokens; mean pooling has its own norm, in the head
@@ -147,27 +152,19 @@ def fit_weights(weights: Weights, targets: Mapping[str, Tensor], vit: Any, path:
     return transfer
 
 
-def _resize(name: str, source: Tensor, target: Tensor, vit: Any, path: str | Path) -> Tensor:
-    """Interpolate a weight for another grid or patch size, as timm does."""
-    grid_size = vit.patch_embed.grid_size
-    resized = source
-    try:
-        if name == "pos_embed":
-            num_prefix_tokens = target.shape[1] - vit.patch_embed.num_patches
-            resized = resample_abs_pos_embed(source, list(grid_size), num_prefix_tokens=num_prefix_tokens)
-        elif name.endswith("relative_position_bias_table") and find_grid_side(source):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout
-                resized = resize_rel_pos_bias_table(source, grid_size, (target.shape[0], source.shape[1]))
-        elif name == "patch_embed.proj.weight":
-            resized = resample_patch_embed(source, list(target.shape[2:]))
+def _resize(name: str, source: Tensor, target: Tensor, vit: Any) -> Tensor:
+    """Interpolate a weight for another grid or patch size, as timm does; another weight stays as it is."""
+    grid_size, num_patches = vit.patch_embed.grid_size, vit.patch_embed.num_patches
     # a weight with another number of dimensions, or of a grid that is not a square
-    except (ValueError, RuntimeError, IndexError, AssertionError):
-        pass
-    if resized.shape != target.shape:
-        raise bad_checkpoint(path, SAME_ARCHITECTURE,
-                             f"has {tuple(source.shape)} at {name}, the model {tuple(target.shape)}")
-    return resized
+    with suppress(ValueError, RuntimeError, IndexError, AssertionError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout
+        if name == "pos_embed":
+            return resample_abs_pos_embed(source, grid_size, num_prefix_tokens=target.shape[1] - num_patches)
+        if name.endswith("relative_position_bias_table"):
+            return resize_rel_pos_bias_table(source, grid_size, (target.shape[0], source.shape[1]))
+        if name == "patch_embed.proj.weight":
+            return resample_patch_embed(source, list(target.shape[2:]))
+    return source
 
 
 def _count(names: Iterable[str]) -> str:
