@@ -112,23 +112,19 @@ class StreamingImages(StreamingDataset):
 
     def __iter__(self) -> Iterator[Sample]:
         """This worker's samples of the next epoch; an error in place of one ends it, see `load_sample`."""
-        try:
-            for sample in super().__iter__():
-                yield sample
-                if isinstance(sample, InputError):
-                    yield from repeat(sample, self.batch_size - 1)  # torch may drop an incomplete batch, and the error
-                    return
-        finally:
-            if hasattr(self, "_iterator"):
-                self._iterator.non_blocking_exit()  # else the threads of an epoch that is left early would go on
+        for sample in super().__iter__():
+            yield sample
+            if isinstance(sample, InputError):
+                yield from repeat(sample, self.batch_size - 1)  # torch may drop an incomplete batch, and the error
+                return
         if self._failure is not None:
             raise self._failure
 
     def on_exception(self, future: Future) -> None:
         """Keep the error of a thread, after which streaming ends the epoch early, for `__iter__` to raise."""
+        self._failure = self._failure or future.exception()
         with suppress(BaseException):  # streaming lets its other thread end, and raises the error once more
             super().on_exception(future)
-        self._failure = self._failure or future.exception()
 
     def _ready_thread(self, it: Any) -> None:
         """Hold no sample back: `get_item` fetches a shard that is not there.

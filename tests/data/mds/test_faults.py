@@ -9,7 +9,7 @@ import torch
 from composer import Trainer
 from composer.models import ComposerClassifier
 from PIL import Image
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
 from streaming.base.storage.download import LocalDownloader
 from support.jobs import RECIPE, TIMEOUT, assert_one_line, read_labels, read_metrics, wait_well
 from support.launch import launch
@@ -265,3 +265,17 @@ def test_a_shard_that_is_missing_ends_all_ranks(bucket, s3, tmp_path):
     assert "no end within" not in str(error.value)
     output = (tmp_path / "log.txt").read_text()
     assert "error: data.remote must give shard.00004.mds: got " in output and "Traceback" not in output
+
+
+def test_a_thread_that_fails_does_not_shorten_the_epoch(data, tmp_path, monkeypatch):
+    prepare = StreamingDataset.prepare_shard
+
+    def fail_in_threads(self, shard_id, blocking=True):
+        if not blocking:
+            raise OSError("no locks available")
+        prepare(self, shard_id, blocking)
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", fail_in_threads)
+    spec = build(tmp_path, remote=str(data), batch_size=1)
+    with pytest.raises(OSError, match="no locks available"):
+        read_epoch(spec)
