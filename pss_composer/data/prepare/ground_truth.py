@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -29,16 +30,12 @@ def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], li
         InputError: The file has another form, or does not fit the images.
     """
     try:
-        lines = path.read_text().split("\n")
+        lines = [line.strip() for line in path.read_text().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise _error(f"must be a text file, got {str(path)!r}: {error}") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if lines and lines[0].startswith("ImageId"):
-        ids = _read_solution(path, lines, image_names)
-    else:
-        ids = lines
-        if len(ids) != len(image_names):
-            raise _error(f"must have a line per image, got {len(ids)} lines for {len(image_names)} images")
+    ids = _read_solution(path, lines, image_names) if lines and lines[0].startswith("ImageId") else lines
+    if len(ids) != len(image_names):
+        raise _error(f"must have a line per image, got {len(ids)} lines for {len(image_names)} images")
     if all(line.isdecimal() for line in ids):
         numbers = _read_meta(path.with_name("meta.mat"))
         unknown = [line for line in ids if int(line) not in numbers]
@@ -53,10 +50,10 @@ def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], li
 
 
 def _read_solution(path: Path, lines: list[str], image_names: list[str]) -> list[str]:
-    rows = list(csv.reader(lines))[1:]
-    if not all(len(row) == 2 and row[1].split() for row in rows):
-        raise _error(f"must have the columns ImageId,PredictionString, got others in {str(path)!r}")
-    ids = {row[0]: row[1].split()[0] for row in rows}
+    try:
+        ids = {name: prediction.split()[0] for name, prediction in csv.reader(lines[1:])}
+    except (ValueError, IndexError):
+        raise _error(f"must have the columns ImageId,PredictionString, got others in {str(path)!r}") from None
     stems = [Path(name).stem for name in image_names]
     missing = sorted(set(stems) ^ set(ids))
     if missing:
@@ -69,16 +66,12 @@ def _read_meta(path: Path) -> dict[int, str]:
     """From the development kit's class numbers to WordNet ids, as torchvision reads them."""
     try:
         from scipy.io import loadmat
-    except ImportError:
-        raise _error("of the development kit needs scipy, which is not installed: pip install scipy") from None
-    if not path.is_file():
-        raise _error(f"of the development kit needs meta.mat beside it, got none at {str(path)!r}")
-    try:
-        synsets = loadmat(path, squeeze_me=True)["synsets"]
+
+        synsets = loadmat(io.BytesIO(path.read_bytes()), squeeze_me=True)["synsets"]
         # the rest are the classes above these in WordNet's tree
         return {int(synset[0]): str(synset[1]) for synset in synsets if synset[4] == 0}
-    except Exception as error:  # scipy's readers raise many things for broken files
-        raise _error(f"needs the development kit's meta.mat, got {str(path)!r}: {error}") from None
+    except Exception as error:  # scipy is not there, or raises one of many errors for a broken file
+        raise _error(f"of the development kit needs meta.mat beside it, got {str(path)!r}: {error}") from None
 
 
 def _error(rule: str) -> InputError:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 
 from pss_composer.data.prepare.ground_truth import read_ground_truth
 from pss_composer.errors import InputError
@@ -86,55 +84,43 @@ def find_splits(source: Path, ground_truth: Path | None, known_classes: dict[str
 
 
 def _find_split(name: str, folder: Path) -> Split:
-    with _naming_unreadable():
-        entries = list(os.scandir(folder))
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    classes, _, num_entries = _scan(folder)
     if not classes:
         raise InputError(f"must hold a folder per class in every split, got none in {str(folder)!r}", key="source")
-    images, num_ignored = [], len(entries) - len(classes)
+    split = Split(name, folder, classes, [], num_entries - len(classes))
     for label, class_name in enumerate(classes):
-        found, num_others = _find_images(folder / class_name, label)
-        if not found:
-            message = f"must hold images of every class, got none in {str(folder / class_name)!r}"
-            raise InputError(message, key="source")
-        images += [image._replace(name=f"{class_name}/{image.name}") for image in found]
-        num_ignored += num_others
-    return Split(name, folder, classes, images, num_ignored)
+        _, images, num_entries = _scan(folder / class_name)
+        if not images:
+            raise InputError(f"must hold images of every class, got none in {str(folder / class_name)!r}", key="source")
+        split.images += [SourceImage(f"{class_name}/{image}", size, label) for image, size in images]
+        split.num_ignored += num_entries - len(images)
+    return split
 
 
-def _find_flat_split(folder: Path, ground_truth: Path, known_classes: list[str] | None) -> Split:
-    images, num_ignored = _find_images(folder, label=0)
+def _find_flat_split(folder: Path, ground_truth: Path, classes: list[str] | None) -> Split:
+    _, images, num_entries = _scan(folder)
     if not images:
         raise InputError(f"must hold images for the ground truth, got none in {str(folder)!r}", key="source")
-    ids, classes = read_ground_truth(ground_truth, [image.name for image in images])
-    if known_classes is not None:
-        classes = known_classes
-    labels = {name: label for label, name in enumerate(classes)}
-    unknown = sorted(set(ids) - set(labels))
+    ids, own_classes = read_ground_truth(ground_truth, [name for name, _ in images])
+    classes = classes or own_classes
+    unknown = sorted(set(ids) - set(classes))
     if unknown:
         raise InputError(
             f"must name classes of the training images that are converted already, got {len(unknown)} others, "
             f"like {unknown[0]}",
             key="ground_truth",
         )
-    labelled = [image._replace(label=labels[name]) for image, name in zip(images, ids, strict=True)]
-    return Split("val", folder, classes, labelled, num_ignored)
+    labels = {name: label for label, name in enumerate(classes)}
+    labelled = [SourceImage(*image, labels[name]) for image, name in zip(images, ids, strict=True)]
+    return Split("val", folder, classes, labelled, num_entries - len(images))
 
 
-def _find_images(folder: Path, label: int) -> tuple[list[SourceImage], int]:
-    """The images in a folder in the order of their names, and the number of other entries."""
-    with _naming_unreadable():
-        entries = list(os.scandir(folder))
-        images = sorted(
-            SourceImage(entry.name, entry.stat().st_size, label)
-            for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file()
-        )
-    return images, len(entries) - len(images)
-
-
-@contextmanager
-def _naming_unreadable() -> Iterator[None]:
+def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int]], int]:
+    """The names of the folders in a folder, names and sizes of its images, both sorted, and the number of all entries."""
     try:
-        yield
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        files = [entry for entry in entries if is_image_file(entry.name) and entry.is_file()]
+        return folders, [(file.name, file.stat().st_size) for file in files], len(entries)
     except OSError as error:
         raise InputError(f"must be readable, got {error.filename!r}: {error.strerror}", key="source") from None
