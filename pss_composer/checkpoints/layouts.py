@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import safe_open
 from torch import Tensor
-from yaml import YAMLError
 
 from pss_composer.checkpoints.reading import bad_checkpoint, find_latest, read_file
 from pss_composer.errors import InputError
 from pss_composer.models.shape import SIZES
 
 CONTAINERS = ("model", "state_dict", "state")  # the keys that hold the weights; "state" is Composer's
-# weights that only SimMIM pre-training has: the name in this project's models and in the original -> the name here
-PRETRAINING_NAMES = {
-    "encoder.mask_token": "mask_token", "encoder.patch_embed.norm.mask_token": "mask_token",
-    "decoder.0.weight": "decoder.weight", "decoder.0.bias": "decoder.bias",
-}
 
 
 @dataclass
@@ -43,10 +36,10 @@ class Weights:
 
     tensors: dict[str, Tensor]
     layout: str
-    is_composer: bool = False
-    not_weights: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    num_heads: int | None = None
+    is_composer: bool
+    not_weights: list[str]
+    dropped: list[str]
+    num_heads: int | None
 
 
 def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
@@ -94,8 +87,8 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
 
 def timm_name(name: str) -> str:
     """Translate a weight's name, in a file or in the state dict of one of this project's models, to timm's."""
-    name = name.removeprefix("module.")  # Composer's prefix, and DDP's
-    return PRETRAINING_NAMES.get(name, name.removeprefix("encoder."))
+    name = name.removeprefix("module.").removeprefix("encoder.")  # "module." is of Composer and DDP
+    return name.replace("patch_embed.norm.mask_token", "mask_token").replace("decoder.0.", "decoder.")
 
 
 def _choose_weights(
@@ -145,6 +138,6 @@ def _find_num_heads(path: Path) -> int | None:
         else:
             model = OmegaConf.load(path.parent / "recipe.yaml").model
             num_heads = model.get("num_heads") or SIZES[model.size]["num_heads"]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, ValueError, TypeError, AttributeError):
-        return None  # there is neither, or it is somebody else's
+    except Exception:  # there is neither, or it is somebody else's
+        return None
     return num_heads if isinstance(num_heads, int) and num_heads > 0 else None

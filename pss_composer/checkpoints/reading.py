@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, load
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from pss_composer.errors import InputError
@@ -83,7 +83,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
             raise bad_checkpoint(path, "must be a whole safetensors file", f"cannot be read: {error}") from error
     if not start.startswith((b"PK", LEGACY_MAGIC)):
         raise bad_checkpoint(path, "must be a file of torch.save or safetensors", f"begins with {start!r}")
-    contents = _load_pickle(path, str(path))
+    contents = _load_pickle(path, path)
     if not isinstance(contents, dict):
         raise bad_checkpoint(path, "must hold a dictionary", f"holds a {type(contents).__name__}")
     return contents
@@ -114,7 +114,7 @@ def _safe_loading() -> Iterator[None]:
         add_safe_globals(before)
 
 
-def _load_pickle(source: Any, name: str) -> Any:
+def _load_pickle(source: Any, name: str | Path) -> Any:
     try:
         with _safe_loading():
             return torch.load(source, map_location="cpu", weights_only=True)
@@ -122,7 +122,7 @@ def _load_pickle(source: Any, name: str) -> Any:
         raise _explain(error, "file of torch.save", name) from error
 
 
-def _explain(error: BaseException, kind: str, name: str) -> InputError:
+def _explain(error: BaseException, kind: str, name: str | Path) -> InputError:
     """The reason in one line. torch's own message is long and advises to trust the file."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
@@ -144,18 +144,15 @@ def _read_shards(folder: Path) -> dict[str, Any]:
     try:
         reader, planner = _ShardReader(folder), _ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         entries = reader.read_metadata().state_dict_metadata
-        model = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if name.startswith("state.model.") and isinstance(entry, TensorStorageMetadata)
-        }
-        state = model | dict.fromkeys({"state.algorithms"} & entries.keys())
+        model = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                 for name, entry in entries.items() if name.startswith("state.model.")}
+        state = model | {"state.algorithms": None}
         with _safe_loading():
             load(state, storage_reader=reader, planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:  # torch derives CheckpointException from BaseException
-        raise _explain(error, "folder of shards", str(folder)) from error
+        raise _explain(error, "folder of shards", folder) from error
     model = {name.removeprefix("state.model."): tensor for name, tensor in model.items()}
-    return {"state": {"model": model, "algorithms": state.get("state.algorithms")}}
+    return {"state": {"model": model, "algorithms": state["state.algorithms"]}}
 
 
 class _ShardUnpickler(pickle.Unpickler):
