@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pss_composer.data.mds.shard_file import decode_image, read_index, read_shard
-from pss_composer.data.mds.stream import hide_password
 from pss_composer.data.prepare.imagenet import SPLITS
 from pss_composer.data.prepare.stores import Store, open_store
 from pss_composer.errors import InputError, to_line
@@ -31,14 +30,15 @@ def check_data(path: str, *, samples_per_shard: int = 8) -> int:
     """
     if samples_per_shard < 0:
         raise InputError(f"must be at least 0, got {samples_per_shard}", key="samples_per_shard")
-    hidden, num_problems = hide_password(path), 0
+    num_problems = 0
     with closing(open_store(path, key="path")) as store:
-        folders = ("", *(f"{split}/" for split in SPLITS))
+        folders = ["", *(f"{split}/" for split in SPLITS)]
         indices = {folder: index for folder in folders if (index := store.read(f"{folder}index.json")) is not None}
         if not indices:
-            raise InputError(f"must hold an index.json, or one in train or val, got none at {hidden}", key="path")
+            message = f"must hold an index.json, or one in train or val, got none at {store.shown}"
+            raise InputError(message, key="path")
         for folder, index in indices.items():
-            name = folder.strip("/") or hidden.rstrip("/").rsplit("/", 1)[-1]
+            name = folder.strip("/") or store.shown.rstrip("/").rsplit("/", 1)[-1]
             problems = _check_split(store, folder, name, index, samples_per_shard)
             for problem in problems:
                 print(f"{name}: {problem}")
@@ -53,7 +53,8 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
         shards = read_index(index)
     except ValueError as error:
         return [f"index.json: {error}"]
-    problems, classes, counts = [], None, Counter()
+    problems, classes = [], None
+    counts: Counter[int] = Counter()
     data = store.read(f"{folder}classes.json")
     if data is not None:
         try:
@@ -89,12 +90,10 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
 
 
 def _describe_classes(counts: Counter[int], classes: list[str] | None) -> str:
-    names = {label: str(label) for label in counts} | dict(enumerate(classes or ()))
-    counts = dict.fromkeys(range(len(classes or ())), 0) | counts
-    if not counts:
+    names = dict(enumerate(classes or ()))
+    numbers = dict.fromkeys(names, 0) | counts
+    if not numbers:
         return "of no class"
-    smallest, largest = (choose(counts, key=counts.__getitem__) for choose in (min, max))
-    return (
-        f"of {len(counts)} classes (from {counts[smallest]:,} of {names[smallest]} "
-        f"to {counts[largest]:,} of {names[largest]})"
-    )
+    smallest, largest = (choose(numbers, key=numbers.__getitem__) for choose in (min, max))
+    return (f"of {len(numbers)} classes (from {numbers[smallest]:,} of {names.get(smallest, smallest)} "
+            f"to {numbers[largest]:,} of {names.get(largest, largest)})")

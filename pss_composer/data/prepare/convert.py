@@ -69,7 +69,7 @@ def convert_images(
         if foreign:
             raise InputError(f"must hold nothing but {' and '.join(SPLITS)}, got {foreign[0]!r} at {store.shown}",
                              key="out")
-        plans = [{"fingerprint": _fingerprint(split, settings), **settings.describe_shards()} for split in splits]
+        plans = [_describe_shards(split, settings) for split in splits]
         for split, plan in zip(splits, plans, strict=True):
             _is_finished(store, split.name, plan)  # what is wrong there shows before the first split takes hours
         for split, plan in zip(splits, plans, strict=True):
@@ -110,11 +110,12 @@ def _read_classes(store: Store) -> dict[str, list[str]]:
     return {split: names for split, names in classes.items() if names is not None}
 
 
-def _fingerprint(split: Split, settings: ConversionSettings) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, split.name, split.classes, settings.describe_shards()]).encode())
-    for image in split.images:
-        digest.update(json.dumps(image).encode())
-    return digest.hexdigest()
+def _describe_shards(split: Split, settings: ConversionSettings) -> dict[str, Any]:
+    """What decides about the bytes of the shards."""
+    quality = settings.quality if settings.shortest_side is not None else None
+    options = {"shortest_side": settings.shortest_side, "quality": quality, "shard_size": settings.shard_bytes}
+    text = json.dumps([FORMAT, split.name, split.classes, split.images, options])
+    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **options}
 
 
 def _is_finished(store: Store, name: str, plan: dict[str, Any]) -> bool:

@@ -116,7 +116,7 @@ def _find_flat_split(folder: Path, ground_truth: Path, classes: list[str] | None
 
 
 def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int]], int]:
-    """The names of the folders in a folder, names and sizes of its images, both sorted, and the number of all entries."""
+    """The names of a folder's folders, names and sizes of its images (both sorted), and the number of all entries."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         folders = [entry.name for entry in entries if entry.is_dir()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from pss_composer.checks import find_broken
 from pss_composer.errors import InputError
@@ -24,24 +23,17 @@ class ConversionSettings:
     is_strict: bool
 
     @property
-    def shard_bytes(self) -> int | None:
-        """`shard_size` as a number; None if it is not one."""
+    def shard_bytes(self) -> int:
+        """`shard_size` as a number; 0 if it is not one."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", str(self.shard_size).strip().lower())
-        return int(float(match[1]) * UNITS.get(match[2], 1)) if match else None
+        return int(float(match[1]) * UNITS.get(match[2], 1)) if match else 0
 
     def check(self) -> list[InputError]:
         """The rules that the settings break."""
-        num_bytes = self.shard_bytes
         return find_broken(
             self,
             ("shortest_side", self.shortest_side is None or self.shortest_side >= 1, "must be at least 1 pixel"),
             ("quality", 1 <= self.quality <= 100, "must be in [1, 100]"),
-            ("shard_size", num_bytes is not None, "must be a number of bytes like 64mb"),
-            ("shard_size", num_bytes is None or 1 <= num_bytes <= MAX_SHARD_SIZE, "must be in [1, 1gb]"),
+            ("shard_size", 1 <= self.shard_bytes <= MAX_SHARD_SIZE, "must be a size like 64mb, in [1, 1gb]"),
             ("num_workers", self.num_workers >= 1, "must be at least 1"),
         )
-
-    def describe_shards(self) -> dict[str, Any]:
-        """What decides about the bytes of the shards."""
-        quality = 0 if self.shortest_side is None else self.quality
-        return {"shortest_side": self.shortest_side, "quality": quality, "shard_size": self.shard_bytes}

@@ -197,8 +197,8 @@ def test_out_must_not_hold_anything_else(source, converted, tmp_path):
     [
         (["--shortest-side", "0"], "--shortest-side must be at least 1 pixel, got 0"),
         (["--quality", "101"], "--quality must be in [1, 100], got 101"),
-        (["--shard-size", "much"], "--shard-size must be a number of bytes like 64mb, got 'much'"),
-        (["--shard-size", "4gb"], "--shard-size must be in [1, 1gb], got '4gb'"),
+        (["--shard-size", "much"], "--shard-size must be a size like 64mb, in [1, 1gb], got 'much'"),
+        (["--shard-size", "4gb"], "--shard-size must be a size like 64mb, in [1, 1gb], got '4gb'"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
     ],
 )
@@ -232,7 +232,7 @@ def test_settings_out_of_range_are_reported_together(source, tmp_path):
     with pytest.raises(InputError) as error:
         convert(source, tmp_path / "out", quality=0, shard_size="4gb", num_workers=0)
     assert str(error.value).splitlines() == [
-        "quality must be in [1, 100], got 0", "shard_size must be in [1, 1gb], got '4gb'",
+        "quality must be in [1, 100], got 0", "shard_size must be a size like 64mb, in [1, 1gb], got '4gb'",
         "num_workers must be at least 1, got 0",
     ]
 
