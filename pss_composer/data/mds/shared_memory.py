@@ -25,6 +25,7 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLE
 from streaming.base.shared import SharedMemory
 
 SHARED_MEMORY = Path("/dev/shm")
+TEMPORARY = Path(tempfile.gettempdir())  # streaming's own choice
 LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 NAME = re.compile(rf"(\d{{6}})_({'|'.join((*SHM_TO_CLEAN, *LOCKS))})")
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def clean_shared_memory() -> None:
     it would lose the memory that it uses.
     """
     with _locked():
-        files = [*_find_files(SHARED_MEMORY), *_find_files(_temporary_folder())]
+        files = [*_find_files(SHARED_MEMORY), *_find_files(TEMPORARY)]
         in_use = _find_numbers_in_use()
         stale = [path for path in files if path.name[:6] not in in_use]
         for path in stale:
@@ -63,7 +64,7 @@ def _lock_numbers() -> None:
     """
     numbers = {path.name[:6] for path in _find_files(SHARED_MEMORY)}
     for number in numbers:
-        lock = _temporary_folder() / f"{number}_{BARRIER_FILELOCK}"
+        lock = TEMPORARY / f"{number}_{BARRIER_FILELOCK}"
         if not lock.exists():
             lock.touch()
     if numbers and (stale := numbers - _find_numbers_in_use()):
@@ -91,7 +92,7 @@ def _free(attributes: Mapping[str, Any], process: int) -> None:
         segment.cleanup()
         atexit.unregister(segment.cleanup)  # another dataset may have the number by then
         for lock in LOCKS if dist.get_local_rank() == 0 else ():
-            (_temporary_folder() / f"{segment.shm.name[:6]}_{lock}").unlink(missing_ok=True)
+            (TEMPORARY / f"{segment.shm.name[:6]}_{lock}").unlink(missing_ok=True)
 
 
 def _find_segments(attributes: Mapping[str, Any]) -> Iterator[SharedMemory]:
@@ -122,11 +123,7 @@ def _find_numbers_in_use() -> set[str]:
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else _temporary_folder()
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else TEMPORARY
     with (folder / f"pss_composer.{os.getuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir())

@@ -50,12 +50,7 @@ def partition_views(dataset: StreamingImages, world: Any, epoch: int, sample_in_
 
 
 class ViewSpanner:
-    """Where the sample of a key is: its shard, and its place in there.
-
-    Args:
-        spanner: The same for an image.
-        repeats: Views of an image.
-    """
+    """Shard, and place in there, of a key; `spanner` is streaming's, which has them of an image."""
 
     def __init__(self, spanner: Any, repeats: int) -> None:
         self.spanner = spanner
