@@ -71,7 +71,7 @@ def convert_images(
                              key="out")
         plans = [_describe_shards(split, settings) for split in splits]
         for split, plan in zip(splits, plans, strict=True):
-            _is_finished(store, split.name, plan)  # what is wrong there shows before the first split takes hours
+            _is_finished(store, split.name, plan)  # an error here comes before the first split takes hours
         for split, plan in zip(splits, plans, strict=True):
             if _is_finished(store, split.name, plan):
                 print(f"{split.name}: finished already, nothing to do")
@@ -111,7 +111,7 @@ def _read_classes(store: Store) -> dict[str, list[str]]:
 
 
 def _describe_shards(split: Split, settings: ConversionSettings) -> dict[str, Any]:
-    """What decides about the bytes of the shards."""
+    """What determines the bytes of the shards."""
     quality = settings.quality if settings.shortest_side is not None else None
     options = {"shortest_side": settings.shortest_side, "quality": quality, "shard_size": settings.shard_bytes}
     text = json.dumps([FORMAT, split.name, split.classes, split.images, options])
@@ -119,10 +119,10 @@ def _describe_shards(split: Split, settings: ConversionSettings) -> dict[str, An
 
 
 def _is_finished(store: Store, name: str, plan: dict[str, Any]) -> bool:
-    """Whether a split is complete; it must be new or hold this conversion."""
+    """Whether a split is complete; raises an error if it holds anything but this conversion."""
     found = store.read_json(f"{name}/plan.json")
     is_finished = store.read(f"{name}/index.json") is not None
-    # where the store cannot list its files, at least the index of a finished conversion is found
+    # some stores cannot list their files: there, look at least for the index of a finished conversion
     names = store.list_folder(name) or ["index.json"] * is_finished
     foreign = [entry for entry in names if entry != PARTS and (found is None or not OWN_NAMES.fullmatch(entry))]
     if foreign:

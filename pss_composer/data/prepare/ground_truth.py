@@ -13,7 +13,7 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], list[str]]:
-    """The classes of the validation images, in any of three forms.
+    """The classes of the validation images, from a file in one of three forms.
 
     The development kit's `ILSVRC2012_validation_ground_truth.txt` has a number from 1 to 1000 per image, whose
     WordNet id is in the kit's `meta.mat` beside it; other lists have a WordNet id per image; Kaggle's
@@ -21,7 +21,7 @@ def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], li
 
     Args:
         path: The file.
-        image_names: File names, sorted: the order of the lists.
+        image_names: File names, sorted; a list without names is in the same order.
 
     Returns:
         The WordNet id of every image, and those of all classes, sorted.

@@ -16,7 +16,7 @@ SPLITS = ("train", "val")
 
 
 class SourceImage(NamedTuple):
-    """A file below the folder of its split, its size in bytes, and the number of its class."""
+    """The path of a file in the folder of its split, its size in bytes, and the number of its class."""
 
     name: str
     size: int
@@ -29,10 +29,10 @@ class Split:
 
     Args:
         name: `train` or `val`.
-        folder: The names of the images are below.
+        folder: Holds the images; their names are paths in it.
         classes: Names of the class folders, or WordNet ids, in the order of the labels.
         images: In the order of their names.
-        num_ignored: Entries beside the images that have no image's suffix.
+        num_ignored: Other files and folders beside the images.
     """
 
     name: str

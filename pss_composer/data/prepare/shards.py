@@ -31,7 +31,7 @@ from pss_composer.locks import FolderLock
 
 @dataclass
 class Job:
-    """The conversion of one split, which its worker processes inherit.
+    """The conversion of one split. Worker processes inherit it.
 
     Args:
         store: Where the shards go.
@@ -40,7 +40,7 @@ class Job:
         settings: How they are written.
         fingerprint: Identifies the conversion, in every record.
         lock: Keeps other conversions out of the split; None for a remote store.
-        is_stopped: The workers shall stop; without a lock, which a worker that is killed would keep.
+        is_stopped: Tells the workers to stop. It has no lock, because a worker that is killed would keep it.
     """
 
     store: Store
@@ -141,7 +141,7 @@ def _write_samples(samples: list[dict[str, Any]], file: Path) -> dict[str, Any]:
 
 
 def _read_image(folder: Path, image: SourceImage, settings: ConversionSettings) -> bytes:
-    """The bytes for the shard of an image that decodes."""
+    """The bytes of an image for its shard: those of its file, unless it is resized."""
     path = folder / image.name
     try:
         data = path.read_bytes()

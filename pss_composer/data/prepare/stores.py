@@ -1,11 +1,10 @@
-"""Where shards lie: a folder of this machine, or a store that streaming reads and writes."""
+"""Where shards are: a folder of this machine, or a store that streaming reads and writes."""
 
 from __future__ import annotations
 
 import json
 import os
 import posixpath
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +13,12 @@ from urllib.parse import urlsplit
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.storage.upload import UPLOADERS
+from streaming.base.util import retry
 
 from pss_composer.data.mds.stream import hide_password
 from pss_composer.errors import InputError, to_line
 
-BACKOFFS = (1.0, 2.0, 4.0)  # seconds before each further attempt
+ATTEMPTS: dict[str, Any] = {"num_attempts": 4, "initial_backoff": 1.0}  # seconds; the pauses double
 PARTS = ".parts"  # folder for unfinished files and for records, in the folder of a split
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Store:
     """A folder with files like `train/shard.00000.mds`; a file appears under its name whole or not at all.
 
-    Whatever fails is tried again on a new connection, after longer and longer pauses; then it is an `InputError`.
+    What fails is tried again on a new connection, after longer and longer pauses. The last failure is an `InputError`.
 
     Args:
         url: The folder, which need not be there yet; of `RemoteStore` a URL.
@@ -52,7 +52,7 @@ class Store:
             return None
 
     def write(self, name: str, fill: Callable[[Path], T]) -> T:
-        """Have `fill` write a new file, and put it here, over what is there; returns what `fill` does."""
+        """Let `fill` write a file, put it here, over what is there, and return what `fill` returns."""
         def write() -> T:
             with TemporaryDirectory(dir=self._find_workspace(name)) as folder:
                 file = Path(folder, name)
@@ -93,21 +93,15 @@ class Store:
         return self.root / name.split("/")[0] / PARTS  # `put` cannot move a file to another file system
 
     def _retry(self, function: Callable[[], T], rule: str) -> T:
-        for backoff in BACKOFFS:
-            try:
-                return function()
-            except Exception:  # the libraries of stores have no common class of errors
-                self.close()
-                time.sleep(backoff)
         try:
-            return function()
-        except Exception as error:
+            return retry(clean_up_fn=self.close, **ATTEMPTS)(function)()
+        except Exception as error:  # the libraries of stores have no common class of errors
             reason = to_line(error).replace(self.url, self.shown)
-            raise InputError(f"{rule}, got {reason} ({len(BACKOFFS) + 1} attempts)", key=self.key) from error
+            raise InputError(f"{rule}, got {reason} ({ATTEMPTS['num_attempts']} attempts)", key=self.key) from error
 
 
 class RemoteStore(Store):
-    """A folder in a store that streaming's downloaders, and for writing its uploaders, reach."""
+    """A folder in a store, which streaming's downloaders read and its uploaders write."""
 
     def __init__(self, url: str, *, key: str) -> None:
         super().__init__(url.rstrip("/"), key=key)
@@ -161,7 +155,7 @@ def open_store(url: str, *, key: str, is_written: bool = False) -> Store:
     """The store of a folder or a URL; nothing is connected yet.
 
     Raises:
-        InputError: `url` is a file, or streaming does not read, or if `is_written` not write, such a URL.
+        InputError: `url` is a file, or a URL that streaming cannot read or, if `is_written`, not write.
     """
     scheme, shown = urlsplit(url).scheme, hide_password(url)
     if scheme == "":

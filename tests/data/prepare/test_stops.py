@@ -138,7 +138,7 @@ def test_what_is_left_of_a_finished_conversion_goes(source, converted, tmp_path)
 
 @pytest.mark.parametrize("num_failures", [2, 3])
 def test_a_full_disk_is_retried_and_then_reported(num_failures, source, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "BACKOFFS", (0.01, 0.01))
+    monkeypatch.setattr(stores, "ATTEMPTS", {"num_attempts": 3, "initial_backoff": 0.01})
     put = stores.Store.put
     failures = multiprocessing.RawValue("i", 0)
 

@@ -108,7 +108,7 @@ def test_stores_that_streaming_does_not_read_are_refused():
 
 
 def test_a_remote_that_does_not_answer(source, monkeypatch):
-    monkeypatch.setattr(stores, "BACKOFFS", (0.01,))
+    monkeypatch.setattr(stores, "ATTEMPTS", {"num_attempts": 2, "initial_backoff": 0.01})
     with pytest.raises(InputError) as error:
         check_data("sftp://user:secret@127.0.0.1:1/out")
     assert str(error.value).startswith("path must be readable at sftp://user:***@127.0.0.1:1/out/index.json, got ")
@@ -126,7 +126,7 @@ def test_a_remote_that_does_not_answer(source, monkeypatch):
 
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_that_is_not_there(source, monkeypatch):
-    monkeypatch.setattr(stores, "BACKOFFS", (0.01,))
+    monkeypatch.setattr(stores, "ATTEMPTS", {"num_attempts": 2, "initial_backoff": 0.01})
     with pytest.raises(InputError, match=r"^out must be readable at s3://other/out, got .*404.* \(2 attempts\)$"):
         convert(source, "s3://other/out")
 
@@ -134,7 +134,7 @@ def test_a_bucket_that_is_not_there(source, monkeypatch):
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("num_failures", [1, 2])
 def test_an_upload_that_fails_is_retried_and_then_reported(num_failures, bucket, copied, converted, monkeypatch):
-    monkeypatch.setattr(stores, "BACKOFFS", (0.01,))
+    monkeypatch.setattr(stores, "ATTEMPTS", {"num_attempts": 2, "initial_backoff": 0.01})
     upload_file, failures = S3Uploader.upload_file, []
 
     def upload_or_fail(self, filename):
