@@ -26,6 +26,18 @@ def _close_files_in_time():
         gc.collect()
 
 
+# files of tests that train, start processes or wait for servers; `make test-quick` leaves them out
+SLOW = (
+    "training/test_distributed.py", "training/test_data_wait.py", "checkpoints/test_export.py",
+    "data/mds/test_cache.py", "data/mds/test_faults.py", "data/mds/test_resume.py", "data/mds/test_shared_memory.py",
+    "data/mds/test_stores.py", "data/prepare/test_stops.py", "data/prepare/test_stores.py", "data/test_resume.py",
+    "data/test_dataspec.py", "data/augmentation/test_distribution.py", "data/augmentation/test_operations.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The file that starts two processes takes longest: first, so that the other worker has the rest meanwhile."""
-    items.sort(key=lambda item: "test_distributed" not in item.nodeid)
+    """Mark the slow files, and run first the one that takes longest: the other worker does the rest meanwhile."""
+    for item in items:
+        if item.path.as_posix().endswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name != "test_distributed.py")

@@ -422,6 +422,7 @@ def straight(request, tmp_path_factory):
     return trainer, setting, folder, start, recorder
 
 
+@pytest.mark.slow
 def test_trains(straight):
     trainer, setting, _, start, recorder = straight
     assert logged(trainer, "pss/keep_rate") == pytest.approx(CYCLE * 2, abs=1e-12)
@@ -439,6 +440,7 @@ def test_trains(straight):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), STOPS)
+@pytest.mark.slow
 def test_resumes_bit_for_bit(straight, epoch, batch):
     trainer, setting, folder, _, _ = straight
     if not setting.is_resumable:
@@ -451,6 +453,7 @@ def test_resumes_bit_for_bit(straight, epoch, batch):
         assert logged(resumed, name) == logged(trainer, name)[batch:]
 
 
+@pytest.mark.slow
 def test_resumes_from_the_end_of_an_epoch(tmp_path):
     setting = SETTINGS["dropout_random"]
     straight = setting.build_trainer(save_folder=str(tmp_path), save_interval="1ep")

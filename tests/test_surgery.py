@@ -183,6 +183,7 @@ def test_a_model_inside_a_model_is_found():
     assert wrapper["backbone"].patch_drop is sampler
 
 
+@pytest.mark.slow
 def test_compiled_model_follows_the_keep_rate():
     model = build_model("beit").eval()
     sampler = apply_patch_sampling(model)

@@ -203,6 +203,7 @@ def test_scale_of_the_loss_does_not_depend_on_the_keep_rate():
         assert abs(float(model.loss(model((images, mask)), (images, mask))) - 0.798) < 0.01
 
 
+@pytest.mark.slow
 def test_compiled_it_is_one_graph_for_each_keep_rate_and_the_same():
     model, batch = small_model(), small_batch()
     patch_sampler = apply_patch_sampling(model, sampler=StratifiedSampler())

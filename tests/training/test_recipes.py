@@ -203,6 +203,7 @@ class KilledAt(Callback):
 
 @pytest.mark.parametrize(("sampler", "source"), [("magnitude", "synthetic"), ("random", "synthetic"),
                                                  ("random", "digits")])
+@pytest.mark.slow
 def test_autoresume_goes_on_within_an_epoch_bit_for_bit(sampler, source, tmp_path):
     """Killed in the middle of the second epoch; with augmentation, mixing, EMA, drop path and a worker."""
     overrides = ["max_duration=2ep", f"pss.sampler={sampler}", f"data.name={source}", "data.num_samples=48",
