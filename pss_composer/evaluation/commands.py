@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pss_composer.errors import InputError
-from pss_composer.evaluation.curves import plot_schedule
-from pss_composer.evaluation.figures import prepare_picture
-from pss_composer.evaluation.pictures import plot_kept_patches, plot_reconstruction
+from pss_composer.evaluation.measuring import format_table
+from pss_composer.evaluation.pictures import plot_kept_patches, plot_reconstruction, plot_schedule, prepare_picture
 from pss_composer.evaluation.runs import Run, load_run, load_runs
-from pss_composer.evaluation.tables import format_table
 from pss_composer.schedules import check_keep_rate
 
 

@@ -1,54 +1,43 @@
-"""Metrics and FLOPs of a trained model at each keep rate."""
+"""Metrics and FLOPs of trained models at each keep rate, and the table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec, Evaluator
-from composer.models import ComposerModel
+from composer.core import Evaluator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pss_composer.evaluation import KEEP_RATES
-from pss_composer.evaluation.runs import Run
-from pss_composer.sampling import PatchSampler
+from pss_composer.evaluation.runs import Run, read_metrics, select_training, training_seconds
 from pss_composer.training.builders import build_data
 
 
-def evaluate(
-    model: ComposerModel, patch_sampler: PatchSampler, data: DataSpec, keep_rates: Sequence[float] = KEEP_RATES
-) -> dict[float, dict[str, float]]:
-    """A model's metrics at each keep rate.
+def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
+    """A classifier's metrics on the evaluation data of its recipe, at each keep rate.
 
     Args:
-        model: A model with a sampler in it.
-        patch_sampler: That sampler.
-        data: Evaluation data.
+        run: A finished run.
         keep_rates: Shares of the tokens to keep, each in (0, 1].
 
     Returns:
         Keep rate -> metric name -> value.
     """
+    # on the device that the Trainer takes
+    data = build_data(run.recipe, "val", "cuda" if torch.cuda.is_available() else "cpu")
     # Composer needs an optimizer even if nothing is trained
-    trainer = Trainer(model=model, optimizers=torch.optim.SGD(model.parameters()), progress_bar=False)
+    trainer = Trainer(model=run.model, optimizers=torch.optim.SGD(run.model.parameters()), progress_bar=False)
     metrics = {}
     for keep_rate in keep_rates:
-        with patch_sampler.evaluating_at(keep_rate):
+        with run.patch_sampler.evaluating_at(keep_rate):
             # Composer takes each label once
             trainer.eval(Evaluator(label=f"keep_rate_{keep_rate}", dataloader=data))
         metrics[keep_rate] = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     trainer.close()
-    return metrics
-
-
-def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, dict[str, float]]:
-    """`evaluate` on the evaluation data of a classifier's recipe."""
-    # on the device that the Trainer of `evaluate` takes
-    data = build_data(run.recipe, "val", "cuda" if torch.cuda.is_available() else "cpu")
-    metrics = evaluate(run.model, run.patch_sampler, data, keep_rates)
     data.dataloader.close()
     return metrics
 
@@ -75,3 +64,41 @@ def flop_shares(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[floa
         with run.patch_sampler.evaluating_at(keep_rate):
             flops[keep_rate] = count_flops(vit, images)
     return {keep_rate: flops[keep_rate] / flops[1.0] for keep_rate in keep_rates}
+
+
+def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) -> str:
+    """Top-1 accuracy of each run at each keep rate, the FLOP share of the keep rate, and the cost of training.
+
+    Runs of one architecture share a column of FLOP shares; else each run has its own.
+
+    Args:
+        runs: Runs of classifiers.
+        keep_rates: Rows of the table.
+    """
+    logs = [read_metrics(run.folder) for run in runs]
+    shares = [flop_shares(run, keep_rates) for run in runs]
+    titles = [f"FLOP share of {run.name}" for run in runs]
+    if all(share == shares[0] for share in shares):
+        titles, shares = ["FLOP share"], shares[:1]
+    top1 = [evaluate_run(run, keep_rates) for run in runs]
+    rows = [["keep rate", *titles, *(run.name for run in runs)]]
+    rows += [
+        [str(keep_rate), *(f"{share[keep_rate]:.3f}" for share in shares),
+         *(f"{100 * metrics[keep_rate]['top1']:.1f} %" for metrics in top1)]
+        for keep_rate in keep_rates
+    ]
+    before = len(titles) * [""]
+    rows.append([*before, "training, s", *(f"{training_seconds(lines):.1f}" for lines in logs)])
+    means = [_mean_flop_share(run, lines) for run, lines in zip(runs, logs, strict=True)]
+    rows.append([*before, "training, FLOP share", *(f"{mean:.3f}" for mean in means)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:]])
+
+
+def _mean_flop_share(run: Run, lines: Sequence[Mapping[str, Any]]) -> float:
+    """FLOPs of a run's training as a share of training on all tokens."""
+    rates = [line.get("pss/keep_rate", 1.0) for line in select_training(lines)]
+    shares = flop_shares(run, sorted(set(rates)))
+    return sum(shares[rate] for rate in rates) / len(rates)

@@ -1,28 +1,106 @@
-"""Images with what a model makes of them: patches that stay, patches painted in."""
+"""Pictures: training under a schedule as curves, and images with what a model makes of them."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from statistics import fmean
+from typing import Any, cast
 
+import matplotlib
 import torch
 from composer.core import DataSpec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pss_composer.data.augmentation.settings import Augmentation
+from pss_composer.errors import InputError
 from pss_composer.evaluation import KEEP_RATES
-from pss_composer.evaluation.figures import CHARACTERS_PER_INCH, FONT_SIZE, INK, WRONG, make_figure, wrap_text
-from pss_composer.evaluation.runs import Run
+from pss_composer.evaluation.runs import Run, read_metrics, select_training
 from pss_composer.pretraining.masking import draw_masks
 from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.training.builders import build_data
 
-TINT = (0.72, 0.82, 0.95)
+WRONG = "#c92a2a"  # the colour of a wrong answer
+FONT_SIZE, CHARACTERS_PER_INCH = 9, 12.5  # of a line of text in that size
+MAX_LINES = 10  # keep rates that a picture shows apart
+TINT = torch.tensor([0.72, 0.82, 0.95]).view(3, 1, 1)
 TILE = 1.1  # width and height of a small image, in inches
+
+
+def prepare_picture(path: Path) -> None:
+    """Make the folder of a picture and try to write there, before the work that the picture needs.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()  # os.access would allow root everything
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"must be a place that can be written, got {error.filename!r}: {error.strerror}",
+                         key="out") from error
+
+
+def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3) -> None:
+    """Draw the loss of every run, the keep rates of a run under PSS, and its loss at each of them.
+
+    Losses at different keep rates are never taken together: the same model has a larger loss on fewer tokens.
+
+    Args:
+        runs: The runs, at least one under PSS; the first of those has its keep rates drawn.
+        path: The picture to write.
+        num_epochs: Epochs at the end of training whose keep rates are drawn.
+    """
+    logs = [select_training(read_metrics(run.folder)) for run in runs]
+    run, lines = next((run, lines) for run, lines in zip(runs, logs, strict=True) if run.recipe.pss)
+    figure = Figure(figsize=(8, 10), dpi=150, layout="constrained")
+    losses, keep_rates, losses_at = figure.subplots(3, 1)
+    for other, log in zip(runs, logs, strict=True):
+        keep_rate, means = max(mean_losses(log).items())
+        losses.plot(means.keys(), means.values(), ".-", label=_wrap_text(f"{other.name}, ρ = {keep_rate}", 4))
+    _finish(losses, "Training loss at the largest keep rate of each run, mean over an epoch", ylabel="loss")
+    per_epoch = 1 + max(line["time/batch_in_epoch"] for line in lines)
+    last = lines[-num_epochs * per_epoch:]
+    # the log names a batch by its number from 1, at the end of the batch
+    keep_rates.step([(line["batch"] - 1) / per_epoch for line in last], [line["pss/keep_rate"] for line in last],
+                    where="post")
+    keep_rates.set(ylim=(0, 1.05), yticks=KEEP_RATES)
+    _finish(keep_rates, f"{run.name}: keep rate of the last {num_epochs} epochs", ylabel="keep rate ρ")
+    for keep_rate, means in sorted(mean_losses(lines).items()):
+        color = matplotlib.colormaps["Blues"](0.2 + 0.8 * keep_rate)
+        losses_at.plot(means.keys(), means.values(), ".-", color=color, label=f"ρ = {keep_rate}")
+    _finish(losses_at, f"{run.name}: training loss at each keep rate, mean over an epoch", ylabel="loss")
+    figure.savefig(path)
+
+
+def mean_losses(lines: Sequence[Mapping[str, Any]]) -> dict[float, dict[int, float]]:
+    """Keep rate -> epoch, from 1 -> mean loss of the epoch's batches at that keep rate.
+
+    More than `MAX_LINES` keep rates are rounded to tenths.
+
+    Args:
+        lines: Batches of training in the log of a run.
+    """
+    keep_rates = [line.get("pss/keep_rate", 1.0) for line in lines]
+    if len(set(keep_rates)) > MAX_LINES:
+        keep_rates = [round(keep_rate, 1) for keep_rate in keep_rates]
+    losses: dict[float, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for keep_rate, line in zip(keep_rates, lines, strict=True):
+        losses[keep_rate][line["epoch"] + 1].append(line["loss/train/total"])
+    return {
+        keep_rate: {epoch: fmean(values) for epoch, values in by_epoch.items()}
+        for keep_rate, by_epoch in losses.items()
+    }
 
 
 def plot_kept_patches(
@@ -41,19 +119,20 @@ def plot_kept_patches(
     data = build_data(run.recipe, "val")
     names = find_class_names(run, data)
     images, labels = _find_examples(data, min(num_images, run.recipe.model.num_classes))
-    vit = run.model.vit.eval()
+    vit: Any = run.model.vit.eval()
     pixels = _to_pixels(images, run.recipe.augmentation)
+    tinted = 0.2 * pixels + 0.8 * TINT
     rows = []
     for keep_rate in keep_rates:
         with run.patch_sampler.evaluating_at(keep_rate), torch.no_grad():
             answers = vit(images.to(next(vit.parameters()).device)).argmax(dim=1).tolist()
-        is_kept = _kept_pixels(run.patch_sampler.keep_indices, images, run.recipe.model.patch_size)
-        rows.append(_Row(
-            f"ρ = {keep_rate}",
-            torch.where(is_kept, pixels, 0.2 * pixels + 0.8 * torch.tensor(TINT).view(3, 1, 1)),
-            [_caption(answer, label, names) for answer, label in zip(answers, labels, strict=True)],
-            [answer != label for answer, label in zip(answers, labels, strict=True)],
-        ))
+        keep_indices = run.patch_sampler.keep_indices  # None where all stay
+        is_kept = torch.full((len(images), vit.patch_embed.num_patches), keep_indices is None)
+        if keep_indices is not None:
+            is_kept.scatter_(1, keep_indices.cpu(), True)
+        is_kept = _spread(is_kept.view(-1, *vit.patch_embed.grid_size), run.recipe.model.patch_size)
+        captions = [_caption(answer, label, names) for answer, label in zip(answers, labels, strict=True)]
+        rows.append(_Row(f"ρ = {keep_rate}", torch.where(is_kept, pixels, tinted), captions))
     title = (f"{run.name}: the patches that stay ({run.patch_sampler.sampler} sampler), the others tinted. Below, the "
              "class that the model answers; where it is wrong, in red, with the true class.")
     _draw_tiles(rows, title, path)
@@ -78,11 +157,11 @@ def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> 
     )
     with torch.no_grad():
         painted = model.unpatchify(model((images, mask)).pixels).float()
-    is_masked = mask.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2).unsqueeze(1).cpu()
+    is_masked = _spread(mask, model.patch_size).cpu()
     pixels, painted = (_to_pixels(values.cpu(), recipe.augmentation) for values in (images, painted))
     rows = [
         _Row("image", pixels),
-        _Row("masked", torch.where(is_masked, torch.tensor(TINT).view(3, 1, 1), pixels)),
+        _Row("masked", torch.where(is_masked, TINT, pixels)),
         _Row("painted in", torch.where(is_masked, painted, pixels)),
     ]
     _draw_tiles(rows, f"{run.name}: held-out images, what the model sees, and the masked patches painted in", path)
@@ -105,45 +184,57 @@ def find_class_names(run: Run, data: DataSpec) -> list[str]:
         return []
 
 
+def _finish(axes: Axes, title: str, *, ylabel: str) -> None:
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.set_title(_wrap_text(title, 7), fontsize=FONT_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=FONT_SIZE)
+
+
+def _wrap_text(text: str, inches: float) -> str:
+    return textwrap.fill(text, int(inches * CHARACTERS_PER_INCH))
+
+
 @dataclass
 class _Row:
-    """Images (B, 3, H, W) side by side, with a label on the left and a caption below each."""
+    """Images (B, 3, H, W) side by side, with a label on the left, and below each a caption and its colour."""
 
     label: str
     pixels: Tensor
-    captions: Sequence[str] = ()
-    is_wrong: Sequence[bool] = ()
+    captions: Sequence[tuple[str, str]] = ()
 
 
 def _draw_tiles(rows: Sequence[_Row], title: str, path: str | Path) -> None:
     num_columns = len(rows[0].pixels)
-    num_lines = [max((1 + caption.count("\n") for caption in row.captions), default=0) for row in rows]
+    num_lines = [max((1 + caption.count("\n") for caption, _ in row.captions), default=0) for row in rows]
     width, line = TILE * num_columns + 0.6, FONT_SIZE / 55
-    title = wrap_text(title, width)
-    figure = make_figure(width, TILE * len(rows) + line * (sum(num_lines) + title.count("\n") + 3))
+    title = _wrap_text(title, width)
+    height = TILE * len(rows) + line * (sum(num_lines) + title.count("\n") + 3)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = figure.subplots(len(rows), num_columns, squeeze=False)
     for row, row_axes in zip(rows, axes, strict=True):
         for axis, image in zip(row_axes, row.pixels.permute(0, 2, 3, 1).numpy(), strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        for axis, caption, is_wrong in zip(row_axes, row.captions, row.is_wrong, strict=False):
-            axis.set_xlabel(caption, fontsize=FONT_SIZE - 1, labelpad=2, color=WRONG if is_wrong else INK)
-        row_axes[0].set_ylabel(row.label, color=INK, fontsize=FONT_SIZE)
-    figure.suptitle(title, fontsize=FONT_SIZE, color=INK)
+        for axis, (caption, color) in zip(row_axes, row.captions, strict=False):
+            axis.set_xlabel(caption, fontsize=FONT_SIZE - 1, labelpad=2, color=color)
+        row_axes[0].set_ylabel(row.label, fontsize=FONT_SIZE)
+    figure.suptitle(title, fontsize=FONT_SIZE)
     figure.draw_without_rendering()  # the layout needs a second pass, or the lowest captions are cut off
     figure.savefig(path)
 
 
-def _caption(answer: int, label: int, names: Sequence[str]) -> str:
-    """The answered class, and below it the true one if it is another; two lines each at most."""
-    lines = _wrap_class("", answer, names)
-    return "\n".join(lines if answer == label else [*lines, *_wrap_class("is ", label, names)])
-
-
-def _wrap_class(before: str, label: int, names: Sequence[str]) -> list[str]:
-    name = names[label].replace("_", " ") if label < len(names) else str(label)
-    return textwrap.wrap(before + name, int(TILE * CHARACTERS_PER_INCH), max_lines=2, placeholder="…")
+def _caption(answer: int, label: int, names: Sequence[str]) -> tuple[str, str]:
+    """The answered class, below it the true one if it is another, and the colour; two lines each at most."""
+    lines = []
+    for before, number in (("", answer),) if answer == label else (("", answer), ("is ", label)):
+        name = names[number].replace("_", " ") if number < len(names) else str(number)
+        lines += textwrap.wrap(before + name, int(TILE * CHARACTERS_PER_INCH), max_lines=2, placeholder="…")
+    return "\n".join(lines), "black" if answer == label else WRONG
 
 
 def _find_examples(data: DataSpec, num_images: int) -> tuple[Tensor, list[int]]:
@@ -159,14 +250,9 @@ def _find_examples(data: DataSpec, num_images: int) -> tuple[Tensor, list[int]]:
     return torch.stack([examples[label] for label in labels]), labels
 
 
-def _kept_pixels(keep_indices: Tensor | None, images: Tensor, patch_size: int) -> Tensor:
-    """(B, 1, H, W) bool: the pixels whose patches stayed in the last forward pass."""
-    B, _, H, W = images.shape
-    grid = torch.ones(B, (H // patch_size) * (W // patch_size), dtype=torch.bool)
-    if keep_indices is not None:
-        grid = torch.zeros_like(grid).scatter(1, keep_indices.cpu(), True)
-    grid = grid.view(B, 1, H // patch_size, W // patch_size)
-    return grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+def _spread(patches: Tensor, patch_size: int) -> Tensor:
+    """From a value per patch (B, rows, columns) to one per pixel (B, 1, H, W)."""
+    return patches.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2).unsqueeze(1)
 
 
 def _to_pixels(images: Tensor, augmentation: Augmentation) -> Tensor:

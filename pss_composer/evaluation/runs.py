@@ -53,7 +53,12 @@ def load_run(folder: str | Path) -> Run:
     for name in (RECIPE_FILE, LATEST):
         if not (folder / name).exists():
             raise InputError(f"must be the save_folder of a trained recipe, no {name} in {folder}", key="run")
-    recipe = _read_recipe(folder / RECIPE_FILE)
+    path = folder / RECIPE_FILE
+    try:
+        recipe = cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path))))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
+                         key="run") from error
     model = build_model(recipe.model)
     patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
     load_checkpoint(model, folder / LATEST)
@@ -103,11 +108,3 @@ def select_training(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
     """Seconds that a run spent in training, evaluation excluded."""
     return max(line.get("time/train", 0.0) for line in lines)
-
-
-def _read_recipe(path: Path) -> Recipe:
-    try:
-        return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path))))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
-        raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
-                         key="run") from error

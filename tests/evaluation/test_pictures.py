@@ -12,8 +12,13 @@ from PIL import Image
 from support.recipes import smoke, split
 
 from pss_composer import apply_patch_sampling
-from pss_composer.evaluation.curves import mean_losses, plot_schedule
-from pss_composer.evaluation.pictures import find_class_names, plot_kept_patches, plot_reconstruction
+from pss_composer.evaluation.pictures import (
+    find_class_names,
+    mean_losses,
+    plot_kept_patches,
+    plot_reconstruction,
+    plot_schedule,
+)
 from pss_composer.evaluation.runs import Run
 from pss_composer.training.builders import build_data, build_model
 from pss_composer.training.reading import load_recipe

@@ -2,9 +2,8 @@
 
 import pytest
 
-from pss_composer.evaluation.measuring import flop_shares
+from pss_composer.evaluation.measuring import flop_shares, format_table
 from pss_composer.evaluation.runs import load_runs
-from pss_composer.evaluation.tables import format_table
 
 
 def test_runs_of_one_architecture_share_the_flop_column(runs):
