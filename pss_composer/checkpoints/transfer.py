@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
@@ -53,7 +52,13 @@ class Transfer:
             "loaded": self.loaded, "copied from the shared bias table": self.copied,
             "interpolated": self.interpolated, "dropped": self.dropped, "left at initial values": self.initial,
         }
-        return "\n".join(f"{title}: {_count(names)}" for title, names in account.items() if names)
+        lines = []
+        for title, names in account.items():
+            counts = Counter(re.sub(r"blocks\.\d+", "blocks.*", name) for name in names)
+            shown = [f"{name} ({count} x)" if count > 1 else name for name, count in counts.items()]
+            if names:
+                lines.append(f"{title}: {len(names)} ({', '.join(shown)})")
+        return "\n".join(lines)
 
 
 def load_pretrained(model: ComposerModel, checkpoint: str | Path) -> Transfer:
@@ -101,9 +106,8 @@ def _load(model: ComposerModel, weights: Weights, path: str | Path, *, is_same_m
     changed = [*transfer.interpolated, *transfer.copied, *transfer.initial, *transfer.dropped]
     if is_same_model and changed:
         raise bad_checkpoint(path, "must be of the same model", f"differs in {changed[0]}")
-    with torch.no_grad():
-        for name, tensor in transfer.tensors.items():
-            targets[name].copy_(tensor)
+    for name, tensor in transfer.tensors.items():
+        targets[name].copy_(tensor)  # what `state_dict` gives needs no gradient
     return transfer
 
 
@@ -165,10 +169,3 @@ def _resize(name: str, source: Tensor, target: Tensor, vit: Any) -> Tensor:
         if name == "patch_embed.proj.weight":
             return resample_patch_embed(source, list(target.shape[2:]))
     return source
-
-
-def _count(names: Iterable[str]) -> str:
-    """How many names there are, and which; the blocks count as one name."""
-    counts = Counter(re.sub(r"blocks\.\d+", "blocks.*", name) for name in names)
-    shown = [f"{name} ({count} x)" if count > 1 else name for name, count in counts.items()]
-    return f"{counts.total()} ({', '.join(shown)})"

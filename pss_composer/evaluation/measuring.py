@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from composer import Trainer
@@ -89,16 +89,13 @@ def format_table(runs: Sequence[Run], keep_rates: Sequence[float] = KEEP_RATES) 
     ]
     before = len(titles) * [""]
     rows.append([*before, "training, s", *(f"{training_seconds(lines):.1f}" for lines in logs)])
-    means = [_mean_flop_share(run, lines) for run, lines in zip(runs, logs, strict=True)]
-    rows.append([*before, "training, FLOP share", *(f"{mean:.3f}" for mean in means)])
+    costs = []
+    for run, lines in zip(runs, logs, strict=True):
+        rates = [line.get("pss/keep_rate", 1.0) for line in select_training(lines)]
+        share = flop_shares(run, sorted(set(rates)))
+        costs.append(f"{fmean(share[rate] for rate in rates):.3f}")
+    rows.append([*before, "training, FLOP share", *costs])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:]])
-
-
-def _mean_flop_share(run: Run, lines: Sequence[Mapping[str, Any]]) -> float:
-    """FLOPs of a run's training as a share of training on all tokens."""
-    rates = [line.get("pss/keep_rate", 1.0) for line in select_training(lines)]
-    shares = flop_shares(run, sorted(set(rates)))
-    return sum(shares[rate] for rate in rates) / len(rates)
