@@ -10,7 +10,7 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input: one line that names the argument or key, the rule and the value.
 
-    A function names its own argument; the app, which knows the recipe, puts the recipe's key there (`checks.name_keys`).
+    A function names its own argument; the app, which knows the recipe, puts its key there (`checks.name_keys`).
     The command lines print the line and exit with status 1; any other exception is a bug and keeps its traceback.
 
     Args:

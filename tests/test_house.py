@@ -12,8 +12,8 @@ BASE = {"errors", "checks", "locks", "seeds"}  # known to every room
 METHOD = {"progress", "schedules", "sampling", "surgery", "algorithm"}
 # room -> the rooms that it may import, beside itself and the base
 MAY_IMPORT = {
-    **dict.fromkeys(BASE, set()),
-    **dict.fromkeys(METHOD, METHOD),
+    **{module: set() for module in BASE},
+    **{module: METHOD for module in METHOD},
     "models": METHOD,
     "pretraining": METHOD | {"models"},
     "data": set(),

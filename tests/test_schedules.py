@@ -3,7 +3,6 @@
 import json
 import pickle
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 from support.paths import VECTORS

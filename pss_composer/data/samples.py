@@ -64,12 +64,13 @@ class Collate:
         self.repeats = repeats
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[str]] | InputError:
-        for sample in samples:
+        ordered = []
+        for sample in (sample for first in range(self.repeats) for sample in samples[first::self.repeats]):
             if isinstance(sample, InputError):
                 return sample
-        samples = [sample for first in range(self.repeats) for sample in samples[first::self.repeats]]
-        messages = [message for *_, messages in samples for message in messages]
-        good = [(image, label) for image, label, _ in samples if image is not None]
+            ordered.append(sample)
+        messages = [message for *_, messages in ordered for message in messages]
+        good = [(image, label) for image, label, _ in ordered if image is not None]
         if not good:
             return BadSample(f"data must hold an image that can be read in every batch, got none: {messages[0]}")
         images, labels = default_collate(good)

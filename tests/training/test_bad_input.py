@@ -187,7 +187,8 @@ def test_a_save_folder_with_a_run_in_it(tmp_path):
 def test_more_classes_in_the_shards_than_in_the_head_leave_nothing_written(tmp_path):
     write_images(tmp_path / "data" / "train", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
     write_images(tmp_path / "data" / "val", np.zeros((16, 8, 8), np.uint8), np.full(16, 8))
-    with pytest.raises(SystemExit, match="error: model.num_classes must fit the labels, which must be in .0, 7., got 8"):
+    message = "error: model.num_classes must fit the labels, which must be in .0, 7., got 8"
+    with pytest.raises(SystemExit, match=message):
         main(smoke("deit_small_224_pss", tmp_path / "run", "data.name=streaming", f"data.path={tmp_path / 'data'}"))
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""A run and its folder: one run at a time, what is left when it is stopped or the disk is full, what it says at the end."""
+"""A run and its folder: one run at a time; what is left when it is stopped or the disk is full; its last lines."""
 
 import logging
 import os
@@ -96,8 +96,8 @@ def test_a_period_longer_than_training_deserves_a_word(tmp_path, caplog):
         main(smoke("deit_small_224_pss", tmp_path / "a"))
         assert not caplog.messages
         main(smoke("deit_small_224_pss", tmp_path / "b", "pss.schedule.period=1000ep"))
-    assert caplog.messages == ["pss.schedule.period=1000ep is longer than max_duration=2ba: training sees a part of one "
-                               "cycle"]
+    message, = caplog.messages
+    assert message == "pss.schedule.period=1000ep is longer than max_duration=2ba: training sees a part of one cycle"
 
 
 @pytest.mark.parametrize(("recipe", "metric", "command"), [

@@ -113,7 +113,7 @@ def _find_files(folder: Path) -> Iterator[Path]:
 
 def _find_numbers_in_use() -> set[str]:
     """The numbers whose memory a process of this user has mapped; it has, from its first segment to its end."""
-    numbers = set()
+    numbers: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone in the meantime, or another user's
             maps = (process / "maps").read_text()

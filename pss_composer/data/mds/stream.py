@@ -26,6 +26,7 @@ from pss_composer.locks import FolderLock
 if TYPE_CHECKING:
     from streaming.base.format import Reader
 
+ORIGIN_FILE = ".remote"  # the URL of the store that a cache is of
 UNVERIFIED = "unverified"  # a cache's folder of files that are being fetched
 TIMEOUT = 60.0  # seconds, for a file
 log = logging.getLogger(__name__)
@@ -99,22 +100,23 @@ class ShardStream(Stream):
 
     def open_cache(self, *, is_limited: bool) -> None:
         """Make the folder the cache of the store, for this run alone if it has to fetch."""
-        path = self.folder / "index.json"
+        path, origin, remote = self.folder / "index.json", self.folder / ORIGIN_FILE, hide_password(str(self.remote))
         is_complete = not is_limited and _is_complete(self.folder)
         try:
             index = self._fetch_index(1 if is_complete else self.download_retry)
         except InputError as error:
-            if not is_complete:
+            if not is_complete or not origin.is_file() or origin.read_text() != remote:
                 raise
             log.warning("%s; read from %s alone, which holds all shards", error, self.folder)
             return
-        shards = _read_index(index, "remote", hide_password(self.remote))
+        shards = _read_index(index, "remote", remote)
         if path.exists() and _read_index(path.read_text(), "local", repr(str(self.folder))) != shards:
-            raise InputError(f"must be a cache of remote, but {str(path)!r} is another than that of "
-                             f"{hide_password(self.remote)}", key="local")
+            raise InputError(f"must be a cache of remote, but {str(path)!r} is another than that of {remote}",
+                             key="local")
         if is_complete:
             return
         self.lock = FolderLock(self.folder, key="local")
+        origin.write_text(remote)
         path.with_suffix(".part").write_text(index)
         path.with_suffix(".part").replace(path)
         # what a killed run, or another program, left: files that were being fetched, and shards of a wrong size

@@ -166,11 +166,15 @@ def test_train_refuses_the_cache_of_another_remote(data, other, train, tmp_path)
 
 
 def test_a_complete_cache_is_read_where_the_store_is_not_reachable(data, expected, tmp_path, caplog):
-    cache = Path(shutil.copytree(data, tmp_path / "cache"))
-    assert read(cache, remote=str(tmp_path / "gone"), epochs=2) == expected
+    remote, cache = shutil.copytree(data, tmp_path / "remote"), tmp_path / "cache"
+    read(cache, remote=str(remote))
+    shutil.rmtree(remote)
+    assert read(cache, remote=str(remote), epochs=2) == expected
     message, = [record.getMessage() for record in caplog.records if record.name == ShardStream.__module__]
     assert message.startswith("remote must give index.json: ") and message.endswith(
         f"; read from {cache}/train alone, which holds all shards"
     )
+    # of a store that gives nothing, a cache of another one may be the wrong images
+    assert refuse(cache, remote=str(tmp_path / "mistyped"), download_retry=1).startswith("remote must give index.json: ")
     (cache / "train" / "shard.00003.mds").unlink()
-    assert refuse(cache, remote=str(tmp_path / "gone"), download_retry=1).startswith("remote must give index.json: ")
+    assert refuse(cache, remote=str(remote), download_retry=1).startswith("remote must give index.json: ")
