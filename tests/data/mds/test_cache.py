@@ -175,6 +175,7 @@ def test_a_complete_cache_is_read_where_the_store_is_not_reachable(data, expecte
         f"; read from {cache}/train alone, which holds all shards"
     )
     # of a store that gives nothing, a cache of another one may be the wrong images
-    assert refuse(cache, remote=str(tmp_path / "mistyped"), download_retry=1).startswith("remote must give index.json: ")
+    message = refuse(cache, remote=str(tmp_path / "mistyped"), download_retry=1)
+    assert message.startswith("remote must give index.json: ")
     (cache / "train" / "shard.00003.mds").unlink()
     assert refuse(cache, remote=str(remote), download_retry=1).startswith("remote must give index.json: ")
