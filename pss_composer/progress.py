@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -24,8 +25,8 @@ def parse_time(time: str) -> tuple[float, str]:
     if match is None:
         raise ValueError(f"{time!r} is not a time string in {', '.join(UNITS)}")
     value, unit = float(match[1]), match[2].lower()
-    if unit != "dur" and not value.is_integer():
-        raise ValueError(f"{time!r} must be a whole number of {unit}")
+    if not math.isfinite(value) or (unit != "dur" and not value.is_integer()):
+        raise ValueError(f"{time!r} must be a finite number of {unit}, and a whole one but for dur")
     return value, unit
 
 

@@ -100,6 +100,7 @@ def test_repr_rebuilds_and_pickles():
         (lambda: Linear(step=0), r"step must be None or a number in \(0, 1\], got 0"),
         (lambda: Cyclic(period="0ep"), r"period must be a time string above 0 in ep, ba, sp, dur .*, got '0ep'"),
         (lambda: Cyclic(period="1tok"), r"period must be a time string above 0 in ep, ba, sp, dur .*, got '1tok'"),
+        (lambda: Cyclic(period="infdur"), r"period must be a time string above 0 in ep, ba, sp, dur .*, got 'infdur'"),
         (lambda: Cyclic(cooldown="soon"), r"cooldown must be a time string of at least 0 .*, got 'soon'"),
         (lambda: Cyclic(cooldown=3), r"cooldown must be a time string of at least 0 .*, got 3"),
         (lambda: Piecewise([("1ep", 0.5)]), r"milestones must be pairs .*, the first at time 0, got"),
