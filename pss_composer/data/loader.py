@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def name_dead_worker() -> Iterator[None]:
+def reporting_dead_worker() -> Iterator[None]:
     """Turn torch's error about a worker that was killed into an `InputError`.
 
-    torch raises it at any place of the main process, not only where a batch is asked for.
+    torch raises it anywhere in the main process, not only where a batch is requested.
     """
     try:
         yield

@@ -9,7 +9,7 @@ from pss_composer.training.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe) -> list[InputError]:
-    """The rules that a recipe breaks; those between groups only if each group by itself is right."""
+    """The rules that a recipe breaks; rules between groups are checked only if no group breaks a rule of its own."""
     errors = recipe.check()
     return errors or [*_check_pretraining(recipe), *_check_sampler(recipe), *_check_lengths(recipe),
                       *_check_machine(recipe)]
@@ -54,12 +54,12 @@ def _check_sampler(recipe: Recipe) -> list[InputError]:
 
 
 def _check_lengths(recipe: Recipe) -> list[InputError]:
-    """Warm-up and cooldown must fit into training; lengths in different units are compared when the data is there."""
+    """Warm-up and cooldown must fit into training; `trainer` compares lengths whose units differ, which needs data."""
     duration, warmup = recipe.max_duration, recipe.scheduler.warmup
     lengths = {"scheduler.warmup": warmup}
     if recipe.pss is not None:
         lengths["pss.schedule.cooldown"] = recipe.pss.schedule.get("cooldown", "0ep")
-    errors = [say_too_long(key, time, duration) for key, time in lengths.items() if _is_longer(time, duration)]
+    errors = [build_length_error(key, time, duration) for key, time in lengths.items() if _is_longer(time, duration)]
     value, unit = parse_time(warmup)
     is_in_samples = duration.endswith("sp")
     if value > 0 and unit != "dur" and (unit == "sp") != is_in_samples:
@@ -70,7 +70,7 @@ def _check_lengths(recipe: Recipe) -> list[InputError]:
     return errors
 
 
-def say_too_long(key: str, time: str, duration: str) -> InputError:
+def build_length_error(key: str, time: str, duration: str) -> InputError:
     """The error for a part of training that is longer than training."""
     return InputError(f"must be no longer than max_duration={duration}, got {time!r}: make it shorter, like 0.1dur, "
                       "or 0ep for none", key=key)
@@ -82,7 +82,7 @@ def _is_longer(time: str, duration: str) -> bool:
 
 
 def _check_machine(recipe: Recipe) -> list[InputError]:
-    """What needs a GPU; torch is imported only where a setting asks for one."""
+    """The settings that need a GPU on a machine without one; torch is imported only if there is such a setting."""
     needs_gpu = {
         "device": (recipe.device == "gpu", "must be cpu or null on a machine without a GPU"),
         "parallelism": (recipe.parallelism == "fsdp", "must be ddp or fsdp2 without a GPU (FSDP1 needs CUDA)"),

@@ -24,7 +24,7 @@ from composer.utils import dist, get_file, reproducibility
 from pss_composer.checkpoints.reading import LATEST, find_latest
 from pss_composer.checkpoints.transfer import load_checkpoint, load_pretrained
 from pss_composer.checks import name_keys
-from pss_composer.data.loader import Loader, name_dead_worker, restore_generators
+from pss_composer.data.loader import Loader, reporting_dead_worker, restore_generators
 from pss_composer.errors import InputError, to_line
 from pss_composer.progress import Progress, count_batches
 from pss_composer.training.builders import (
@@ -38,7 +38,7 @@ from pss_composer.training.data_wait import DataWaitMonitor
 from pss_composer.training.metrics_log import JSONLinesLogger
 from pss_composer.training.optim import build_optimizer, build_scheduler
 from pss_composer.training.recipe import Recipe
-from pss_composer.training.rules import say_too_long
+from pss_composer.training.rules import build_length_error
 from pss_composer.training.run_folder import LOG_FILE, claim_folder, remove_torn_checkpoints, write_recipe
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """A Composer `Trainer` that is ready to `fit()`.
 
     Raises:
-        InputError: A mistake that shows only with the weights or the data.
+        InputError: A mistake that cannot be found without weights or data.
     """
     with tempfile.TemporaryDirectory(prefix="pss-load-") as downloads:
         return _build_trainer(recipe, Path(downloads))
@@ -64,7 +64,7 @@ def _build_trainer(recipe: Recipe, downloads: Path) -> Trainer:
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
         model.vit.set_grad_checkpointing()
     dist.initialize_dist(device)
-    # the current GPU is this process's own since `initialize_dist`
+    # `initialize_dist` has made this process's own GPU the current one, so "cuda" needs no number
     batch_device = "cuda" if device == "gpu" else "cpu"
     train_data, eval_data = (build_data(recipe, split, batch_device) for split in ("train", "val"))
     _check_durations(recipe, train_data)
@@ -101,10 +101,15 @@ def _build_trainer(recipe: Recipe, downloads: Path) -> Trainer:
 
 
 def train(recipe: Recipe) -> Trainer:
-    """Train a recipe from its start, or from its last checkpoint under `autoresume`.
+    """Train a recipe from its start, or with `autoresume` from the last checkpoint in its folder.
+
+    A run that fails before its first checkpoint leaves no files.
+
+    Returns:
+        The Trainer after training; its loaders are closed.
 
     Raises:
-        InputError: A mistake that the user can mend. A run that fails before its first checkpoint leaves nothing.
+        InputError: A mistake that the user can mend.
     """
     with claim_folder(recipe):
         trainer = build_trainer(recipe)
@@ -116,7 +121,8 @@ def train(recipe: Recipe) -> Trainer:
         try:
             if not is_at_end:
                 restore_generators(trainer)
-                with _naming_full_disk(Path(recipe.save_folder)), name_keys(name_data_key), name_dead_worker():
+                with (_reporting_full_disk(Path(recipe.save_folder)), name_keys(name_data_key),
+                      reporting_dead_worker()):
                     trainer.fit()
         finally:
             _close(trainer)
@@ -124,12 +130,12 @@ def train(recipe: Recipe) -> Trainer:
 
 
 def run(recipe: Recipe) -> None:
-    """Train a recipe for the command line: say at the end, or on Ctrl-C, what there is and how to go on.
+    """Train a recipe for the command line; print the result and the next command, also after Ctrl-C.
 
     Raises:
         InputError: As `train` does.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's would end the program without a word
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer's would end the program without a message
     latest = Path(recipe.save_folder) / LATEST
     try:
         trainer = train(recipe)
@@ -148,37 +154,51 @@ def run(recipe: Recipe) -> None:
         if metrics:
             print(f"evaluation: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
         print(f"checkpoint: {latest}")
-        after = f"pss reconstruct {recipe.save_folder} --out reconstruction.png"
-        print(f"next: {after if recipe.masking is not None else f'pss evaluate {recipe.save_folder}'}")
+        is_pretraining = recipe.masking is not None
+        command = "pss reconstruct {} --out reconstruction.png" if is_pretraining else "pss evaluate {}"
+        print(f"next: {command.format(recipe.save_folder)}")
 
 
 def _close(trainer: Trainer) -> None:
-    # not trainer.close(), which waits for the other ranks: where one has failed, they wait for it in a step
-    trainer.engine.close()  # ends the workers of the training data alone
+    # trainer.close() would wait for the other ranks; if this rank has failed, those wait for it in a step
+    trainer.engine.close()  # ends the workers of the training data, but not those of the evaluation data
     for evaluator in trainer.state.evaluators:
         evaluator.dataloader.dataloader.close()
 
 
 @contextmanager
-def _naming_full_disk(folder: Path) -> Iterator[None]:
-    """Turn an error while a checkpoint or a log is written into an `InputError`, and leave no half checkpoint."""
+def _reporting_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an error of a full disk into an `InputError`, and remove the checkpoint that was cut short."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        is_torn = dist.get_global_rank() == 0 and remove_torn_checkpoints(folder)
-        if not is_torn and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        # torch raises a RuntimeError without an errno where it cannot write a checkpoint
+        has_removed = dist.get_global_rank() == 0 and remove_torn_checkpoints(folder)
+        if not has_removed and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"must have room for the run, got {to_line(error)!r} in {str(folder)!r}",
                          key="save_folder") from error
 
 
 def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str | None:
-    """Give the model its pre-trained weights, and return the file that Composer is to load later, or None.
+    """Load `model.pretrained` into the model, and check that `load_path` is a checkpoint of this model.
 
-    A resumed run has its own weights. That file is read here already, to see whether it is of this model.
+    A resumed run needs neither: Composer loads its last checkpoint.
+
+    Args:
+        model: The model with its initial weights.
+        recipe: The recipe.
+        downloads: Folder for a checkpoint that is fetched from a store.
+
+    Returns:
+        The file of `load_path` on this machine, for Composer to load; None if there is none to load.
+
+    Raises:
+        InputError: A file cannot be fetched or read, or is not of this model.
     """
-    is_resumed = recipe.autoresume and (Path(recipe.save_folder) / LATEST).exists()
-    if recipe.model.pretrained is not None and not is_resumed:
+    if recipe.autoresume and (Path(recipe.save_folder) / LATEST).exists():
+        return None
+    if recipe.model.pretrained is not None:
         with name_keys(lambda _: "model.pretrained"):
             transfer = load_pretrained(model, recipe.model.pretrained)
         if dist.get_global_rank() == 0:
@@ -189,7 +209,7 @@ def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str 
         path = downloads / Path(recipe.load_path).name
         try:
             get_file(recipe.load_path, str(path))
-        except Exception as error:  # each store's library raises its own
+        except Exception as error:  # the libraries of stores have no common class of errors
             raise InputError(f"must be a checkpoint that can be fetched, got {recipe.load_path!r}: {to_line(error)}",
                              key="load_path") from error
     else:
@@ -200,12 +220,15 @@ def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str 
 
 
 def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
-    """Warm-up, cooldown and period against training, now that the length of an epoch is known."""
+    """Check that warm-up and cooldown fit into training, and warn if the period of the keep rate does not.
+
+    `rules` compares lengths in the same unit; this also compares others, since the length of an epoch is known.
+    """
     batches_per_epoch, samples_per_batch = len(cast(Loader, train_data.dataloader)), recipe.train_batch_size
     total = count_batches(recipe.max_duration, batches_per_epoch, samples_per_batch)
     warmup = count_batches(recipe.scheduler.warmup, batches_per_epoch, samples_per_batch, total)
     if warmup > total:
-        raise say_too_long("scheduler.warmup", recipe.scheduler.warmup, recipe.max_duration)
+        raise build_length_error("scheduler.warmup", recipe.scheduler.warmup, recipe.max_duration)
     if recipe.scheduler.warmup.endswith("dur") and 0 < warmup < 1:
         raise InputError(f"must be at least a batch with max_duration={recipe.max_duration}, or 0ep, "
                          f"got {recipe.scheduler.warmup!r}", key="scheduler.warmup")
@@ -213,7 +236,7 @@ def _check_durations(recipe: Recipe, train_data: DataSpec) -> None:
         return
     progress = Progress(0, math.ceil(total), batches_per_epoch, samples_per_batch)
     with name_keys(lambda key: f"pss.schedule.{key}"):
-        recipe.pss.built_schedule(progress)
+        recipe.pss.built_schedule(progress)  # raises an error if its cooldown is too long
     period = getattr(recipe.pss.built_schedule, "period", None)
     if period is not None and progress.num_batches(period) > total:
         log.warning("pss.schedule.period=%s is longer than max_duration=%s: training sees a part of one cycle",

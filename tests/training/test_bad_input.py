@@ -1,6 +1,7 @@
 """Bad input ends in one line a mistake, with exit status 1 and nothing written."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -201,6 +202,9 @@ def test_a_checkpoint_at_the_end_of_its_run_must_be_loaded_for_its_weights(tmp_p
     load = f"load_path={tmp_path / 'first'}"  # its last checkpoint
     main(smoke("deit_small_224_pss", tmp_path / "third", load, "load_weights_only=true"))
     assert len(read_log(tmp_path / "third")) > 2
+    # a resumed run has its own checkpoint, and does not need the one that it started from
+    shutil.rmtree(tmp_path / "first")
+    main(smoke("deit_small_224_pss", tmp_path / "third", load, "load_weights_only=true", "autoresume=true"))
 
 
 def test_debug_shows_the_traceback(tmp_path):
