@@ -22,7 +22,7 @@ from torch import Tensor
 from pss_composer.data.augmentation.settings import Augmentation
 from pss_composer.errors import InputError
 from pss_composer.evaluation import KEEP_RATES
-from pss_composer.evaluation.runs import Run, read_metrics, select_training
+from pss_composer.evaluation.runs import TRAINING_LOSS, Run, read_metrics, select_training
 from pss_composer.pretraining.masking import draw_masks
 from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.training.builders import build_data
@@ -96,7 +96,7 @@ def mean_losses(lines: Sequence[Mapping[str, Any]]) -> dict[float, dict[int, flo
         keep_rates = [round(keep_rate, 1) for keep_rate in keep_rates]
     losses: dict[float, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for keep_rate, line in zip(keep_rates, lines, strict=True):
-        losses[keep_rate][line["epoch"] + 1].append(line["loss/train/total"])
+        losses[keep_rate][line["epoch"] + 1].append(line[TRAINING_LOSS])
     return {
         keep_rate: {epoch: fmean(values) for epoch, values in by_epoch.items()}
         for keep_rate, by_epoch in losses.items()

@@ -23,6 +23,8 @@ from pss_composer.training.builders import build_model, build_sampler
 from pss_composer.training.recipe import Recipe
 from pss_composer.training.run_folder import LOG_FILE, RECIPE_FILE
 
+TRAINING_LOSS = "loss/train/total"  # Composer logs it in every batch of training, and only there
+
 
 @dataclass
 class Run:
@@ -32,8 +34,8 @@ class Run:
         name: What tables and pictures call it.
         folder: The `save_folder` of the run.
         recipe: What it was trained with.
-        model: The trained model, with a sampler in it.
-        patch_sampler: That sampler.
+        model: The trained model, changed by `apply_patch_sampling`.
+        patch_sampler: What `apply_patch_sampling` returned; it sets the keep rate of `model`.
     """
 
     name: str
@@ -47,7 +49,8 @@ def load_run(folder: str | Path) -> Run:
     """Read a run's recipe and its last checkpoint.
 
     Raises:
-        InputError: No run in this folder, or one without a whole checkpoint of its model.
+        InputError: The folder has no run, its recipe is not of this version, or its checkpoint is broken or of another
+            model.
     """
     folder = Path(folder)
     for name in (RECIPE_FILE, LATEST):
@@ -60,13 +63,14 @@ def load_run(folder: str | Path) -> Run:
         raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
                          key="run") from error
     model = build_model(recipe.model)
+    # a run without PSS gets the paper's sampler, so that it can be compared at the same keep rates
     patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
     load_checkpoint(model, folder / LATEST)
     return Run(recipe.run_name, folder, recipe, model, patch_sampler)
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """`load_run` for several folders; if two runs have one name, all are called by their folders."""
+    """`load_run` for several folders; if two runs have the same name, every run is called by its folder."""
     runs = [load_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         parent = os.path.commonpath([run.folder.absolute().parent for run in runs])
@@ -75,13 +79,13 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The log of a run, in order of batches: one dictionary for each batch of training, and one for each evaluation.
+    """The log of a run in order of batches: a dictionary for each batch of training, and one for each evaluation.
 
-    A resumed run may have trained a batch twice: the later line counts. Lines that are not whole are left out: a run
-    that is killed may leave one.
+    A resumed run may have logged a batch twice; then the later line counts. Incomplete lines, which a killed run may
+    leave, are left out.
 
     Raises:
-        InputError: There is no log, or no batch of training in it.
+        InputError: There is no log, or it has no batch of training.
     """
     path = Path(folder) / LOG_FILE
     if not path.is_file():
@@ -92,9 +96,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             metrics = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if "batch" in metrics:  # else the line of the settings
-            key = metrics["batch"], "loss/train/total" in metrics
-            by_batch[key] = by_batch.get(key, {}) | metrics
+        if "batch" in metrics:  # the line of the settings has none
+            key = metrics["batch"], TRAINING_LOSS in metrics
+            by_batch[key] = by_batch.get(key, {}) | metrics  # after a batch, there may be several lines of evaluation
     if not any(is_training for _, is_training in by_batch):
         raise InputError(f"must have trained a batch, {path} has none", key="run")
     return [by_batch[key] for key in sorted(by_batch)]
@@ -102,9 +106,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def select_training(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The batches of training in the log of a run."""
-    return [line for line in lines if "loss/train/total" in line]
+    return [line for line in lines if TRAINING_LOSS in line]
 
 
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that a run spent in training, evaluation excluded."""
+    """Seconds that a run spent in training, those before a resumption included, those of evaluation not."""
     return max(line.get("time/train", 0.0) for line in lines)

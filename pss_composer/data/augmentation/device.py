@@ -20,15 +20,17 @@ class DeviceTransform:
     """
 
     def __init__(self, augmentation: Augmentation, *, is_training: bool) -> None:
+        # mean and std are of values in [0, 1]; the batch has values in [0, 255]
         self.mean = 255 * torch.tensor(augmentation.mean).view(3, 1, 1)
         self.std = 255 * torch.tensor(augmentation.std).view(3, 1, 1)
         self.random_erasing = augmentation.random_erasing if is_training and not augmentation.is_plain else 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalize images, as a transform of `augmentation.transforms` makes them.
+        """Normalize a batch and, in training, erase rectangles in it.
 
         Args:
-            images: On the device. uint8 (B, H, W, 3), or float32 (B, 3, H, W), which is returned as it is.
+            images: A batch on the device: uint8 (B, H, W, 3) of the form `fast`; or float32 (B, 3, H, W) of the form
+                `timm` or of synthetic images, which is finished and returned as it is.
 
         Returns:
             float32 (B, 3, H, W).

@@ -9,12 +9,12 @@ from pss_composer.checks import find_broken
 from pss_composer.errors import InputError
 
 UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
-MAX_SHARD_SIZE = 2**30  # bytes; MDS counts them with 32 bits
+MAX_SHARD_SIZE = 2**30  # bytes of source files; MDS has 32-bit offsets, and a resized image may be larger than its file
 
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """The options of `convert_images`, which explains them."""
+    """Options of `convert_images`; its docstring explains them."""
 
     shortest_side: int | None
     quality: int
@@ -24,7 +24,7 @@ class ConversionSettings:
 
     @property
     def shard_bytes(self) -> int:
-        """`shard_size` as a number; 0 if it is not one."""
+        """`shard_size` in bytes; 0 if it is not a size, which `check` then reports."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?b)?", str(self.shard_size).strip().lower())
         return int(float(match[1]) * UNITS.get(match[2], 1)) if match else 0
 

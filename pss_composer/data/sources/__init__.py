@@ -1,8 +1,9 @@
-"""The sources of images: a module each, which is imported when a recipe names it.
+"""The sources of images, one module each; a module is imported only when a recipe names it.
 
-A module `NAME` makes the source `data.name=NAME`. It has one function, `open_images(request: Request) -> Dataset`. A
-map-style dataset takes the keys (epoch, index, view) of `loader.EpochSampler`, as `Pictures` does; an iterable one
-divides its images among the devices itself and has their number as `size`. Both yield `samples.Sample`.
+The module `NAME` is the source `data.name=NAME`. It has one function, `open_images(request: Request) -> Dataset`. A
+map-style dataset takes the keys (epoch, index, view) of `loader.EpochSampler`, as `Pictures` does. An iterable dataset
+divides its images among the devices itself, and its attribute `size` is the number of images on all devices. The items
+of both are `samples.Sample`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Request:
         image_size: Height and width that the model sees, in pixels.
         num_classes: Classes that the model distinguishes; None where labels are not used.
         batch_size: Images in the batch of one device.
-        repeats: Views of each image that is drawn.
+        repeats: Views of each image that is drawn, as for `loader.EpochSampler`.
         seed: Seeds the order and the transform.
         on_bad_sample: `raise`, `replace` or `leave_out`, as for `samples.load_sample`.
     """
@@ -50,13 +51,13 @@ class Request:
 
     @property
     def path(self) -> Path:
-        """The setting `path`."""
+        """The setting `path`, for the sources that cannot do without it."""
         assert self.settings.path is not None, "DataSettings.check finds this first"
         return Path(self.settings.path)
 
     def find_folder(self) -> Path:
         """The folder `path`; an `InputError` if it does not exist."""
-        if not os.path.isdir(self.path):
+        if not os.path.isdir(self.path):  # Path.is_dir raises an error if the folder above cannot be entered
             raise InputError(f"must be a folder, got {str(self.path)!r}, which is not one", key="path")
         return self.path
 
@@ -74,7 +75,15 @@ class Request:
         return folder
 
     def require_classes(self, num_needed: int, owner: str) -> None:
-        """An `InputError` if the model distinguishes fewer classes than the owner has."""
+        """Check that the model distinguishes enough classes; nothing is checked where labels are not used.
+
+        Args:
+            num_needed: Classes of the data.
+            owner: What has them, for the message.
+
+        Raises:
+            InputError: The model distinguishes fewer.
+        """
         if self.num_classes is not None and self.num_classes < num_needed:
             raise InputError(f"must be at least {num_needed} for {owner}, got {self.num_classes}", key="num_classes")
 
@@ -82,7 +91,8 @@ class Request:
 class Pictures(Dataset):
     """A map-style dataset whose augmentation depends on seed, epoch, index and view alone.
 
-    A subclass has a length, `read(index)`, the picture and its label, and `name(index)`, its name in messages.
+    A subclass defines `__len__`; `read(index)`, which returns a picture and its label; and `name(index)`, which returns
+    what messages call the picture.
 
     Args:
         request: What the source is asked for.
@@ -104,9 +114,9 @@ class Pictures(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, index, view = key
-        seed = derive_seed(self.seed, epoch, index, view)
+        seed = derive_seed(self.seed, epoch, index, view)  # a replacement of a bad picture has the same seed
         return load_sample(
-            lambda index: self._load(index, seed), index, num_samples=len(self), on_bad_sample=self.on_bad_sample
+            lambda place: self._load(place, seed), index, num_samples=len(self), on_bad_sample=self.on_bad_sample
         )
 
     def _load(self, index: int, seed: int) -> tuple[Tensor, int]:

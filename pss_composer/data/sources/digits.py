@@ -17,7 +17,7 @@ from pss_composer.data.sources.streaming import open_shards
 from pss_composer.errors import InputError
 
 NUM_CLASSES = 10
-HELD_OUT = 5  # every fifth image is held out
+HELD_OUT = 5  # every fifth image is held out for evaluation
 
 
 def open_images(request: Request) -> StreamingImages:
@@ -30,8 +30,8 @@ def open_images(request: Request) -> StreamingImages:
 def prepare_digits(path: Path) -> None:
     """Write the digits as MDS folders `path/train` (1,437 images) and `path/val` (360), unless they are there.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed. On every machine the
-    first process writes and the others wait.
+    The folder appears whole or not at all: it is written beside its place and then renamed. On each machine, the
+    first process writes it and the others wait.
 
     Args:
         path: Folder that does not exist yet, is empty, or holds the digits.
@@ -40,7 +40,7 @@ def prepare_digits(path: Path) -> None:
         InputError: The folder holds something else or cannot be written, or scikit-learn is missing.
     """
     try:
-        # in this order: the process of another run may put the digits there in between
+        # look for the digits last: another run may write them after this one saw that the folder is not empty
         if os.path.lexists(path) and not (path.is_dir() and (not any(path.iterdir()) or _has_digits(path))):
             raise InputError(f"must be a new or empty folder, or hold the digits, got {str(path)!r}", key="path")
         if dist.get_local_rank() == 0 and not _has_digits(path):
@@ -53,7 +53,7 @@ def prepare_digits(path: Path) -> None:
 
 
 def write_images(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write one split in the columns of `StreamingImageNet`, without loss.
+    """Write one split as MDS shards with lossless images, in the columns of streaming's `StreamingImageNet`.
 
     Args:
         folder: Folder that does not exist yet.
@@ -75,7 +75,7 @@ def _write_digits(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
         try:
             os.replace(folder, path)
         except OSError:
-            # a process of another run was first, which is just as good
+            # another run wrote the same digits first
             if not _has_digits(path):
                 raise
 

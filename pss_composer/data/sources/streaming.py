@@ -1,4 +1,4 @@
-"""MDS shards in the columns of `StreamingImageNet`, in a folder or in a store that a folder caches."""
+"""MDS shards with the columns of streaming's `StreamingImageNet`, from a folder, or from a store through a cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pss_composer.data.sources import Request
 
 
 def open_images(request: Request) -> StreamingImages:
-    """The shards in the folder of the split, or their cache there and the split's folder in the remote."""
+    """The shards of a split: from its folder in `path`, or from its folder in `remote`, cached in `local` or `path`."""
     settings = request.settings
     if settings.remote is None:
         return open_shards(request, request.find_split(), remote=None)
@@ -18,7 +18,16 @@ def open_images(request: Request) -> StreamingImages:
 
 
 def open_shards(request: Request, folder: Path, *, remote: str | None) -> StreamingImages:
-    """The shards in a folder, or a remote that it caches."""
+    """The shards of a split.
+
+    Args:
+        request: What the source is asked for.
+        folder: Folder of the split, or its cache.
+        remote: URL of the split's folder in a store, or None.
+
+    Raises:
+        InputError: As `StreamingImages` does.
+    """
     return StreamingImages(
         folder,
         remote=remote,

@@ -16,15 +16,20 @@ from pss_composer.errors import InputError, to_line
 
 
 def open_images(request: Request) -> TorchvisionImages:
-    """A split of the data set, which torchvision downloads first if it is asked to and the files are not there."""
-    name, download = str(request.settings.dataset), {"download": True} if request.settings.download else {}
+    """A split of the data set; with `download=true`, torchvision first downloads the files that are not there.
+
+    Raises:
+        InputError: The files cannot be downloaded, are missing or broken, or `TorchvisionImages` refuses the data set.
+    """
+    name, download = str(request.settings.dataset), request.settings.download
     path = str(request.path if download else request.find_folder())
-    split = TORCHVISION_SPLITS[name][request.split == "val"]
+    train_options, val_options = TORCHVISION_SPLITS[name]
+    options = train_options if request.split == "train" else val_options
     try:
-        # of the processes of a machine one downloads, and the others wait
+        # one process of each machine downloads, and the others wait
         with dist.run_local_rank_zero_first() if download else contextlib.nullcontext():
-            dataset = getattr(datasets, name)(path, **split, **download)
-    except Exception as error:  # torchvision's classes have no common one for files that are missing or broken
+            dataset = getattr(datasets, name)(path, **options, download=download)
+    except Exception as error:  # torchvision has no common class of errors for files that are missing or broken
         if download:
             raise InputError(f"must get {name} into {path!r}, got {_describe(error)}", key="download") from error
         raise InputError(f"must hold {name} as torchvision stores it (or set download=true), "
@@ -54,8 +59,9 @@ class TorchvisionImages(Pictures):
         if labels is not None and len(labels) != len(dataset):
             raise InputError(f"must hold as many labels as images, got {len(labels)} labels for the {len(dataset)} "
                              f"images of {self.title}", key="path")
-        num_labels = 0 if labels is None else 1 + int(labels.max())
-        request.require_classes(max(len(self.classes), num_labels), f"the labels of {self.title}")
+        # some data sets have no list of classes, others no list of labels
+        num_classes = max(len(self.classes), 0 if labels is None else 1 + int(labels.max()))
+        request.require_classes(num_classes, f"the labels of {self.title}")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,7 +69,7 @@ class TorchvisionImages(Pictures):
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self.dataset[index]
-        except Exception as error:  # what the data sets raise for broken files has no common class
+        except Exception as error:  # torchvision has no common class of errors for broken files
             raise BadImage(_describe(error)) from error
         return image, int(label)
 
@@ -72,7 +78,7 @@ class TorchvisionImages(Pictures):
 
 
 def _find_labels(dataset: datasets.VisionDataset) -> np.ndarray | None:
-    """The labels (N,) of all images, or None if the data set does not hold them."""
+    """The labels (N,) of all images, or None; torchvision's classes have them under different names, or not at all."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(dataset, name):
             return np.asarray(getattr(dataset, name))
@@ -81,5 +87,5 @@ def _find_labels(dataset: datasets.VisionDataset) -> np.ndarray | None:
 
 
 def _describe(error: Exception) -> str:
-    """The class and the message of an error of torchvision, which has bare assertions, too."""
+    """The class and the message of an error; torchvision also raises assertions without a message."""
     return f"{type(error).__name__}: {to_line(error)}"
