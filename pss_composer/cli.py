@@ -17,7 +17,7 @@ AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit status 1 and a line per mistake on bad input.
+    """Run a command; exit status 1 and a line per mistake on bad input, 130 on Ctrl-C.
 
     Args:
         arguments: What stands after the program's name; None: the process's own arguments.
@@ -41,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # an error names an argument of a function, which has a name of its own on the command line, or a key of a recipe
     typed = {action.dest: action.option_strings[0] if action.option_strings else str(action.metavar)
              for action in commands.choices[options.command]._actions}
-    with exit_on_input_error(debug="--debug" in words), name_keys(lambda key: typed.get(key, key)):
-        options.function(options)
+    try:
+        with exit_on_input_error(debug="--debug" in words), name_keys(lambda key: typed.get(key, key)):
+            options.function(options)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _add_run_commands(add_command: AddCommand) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+HEAD_START = 5.0  # seconds that rank 0 has to report an error before another rank does
 
 
 class InputError(ValueError):
@@ -43,10 +47,16 @@ def to_line(error: BaseException) -> str:
 
 @contextmanager
 def exit_on_input_error(*, debug: bool) -> Iterator[None]:
-    """On an `InputError`, end the program with exit status 1 and a line per mistake; `debug` keeps the traceback."""
+    """On an `InputError`, end the program with exit status 1 and a line per mistake; `debug` keeps the traceback.
+
+    Composer's launcher ends all ranks when the first one fails. Most mistakes show on every rank: rank 0, which writes
+    to the terminal, reports them; another rank reports what is left to report when rank 0 goes on.
+    """
     try:
         yield
     except InputError as error:
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(HEAD_START)
         if debug:
             raise
         errors = error.errors if isinstance(error, InputErrors) else [error]

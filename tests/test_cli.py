@@ -135,3 +135,11 @@ def test_convert_on_ctrl_c(calls, capsys, monkeypatch):
         main(["convert", "a", "b"])
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == "stopped: the same command goes on from here\n"
+
+
+def test_ctrl_c_before_training_leaves_no_traceback(calls, capsys):
+    calls("pss_composer.training.command.train_recipe", KeyboardInterrupt())  # while libraries are imported
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "digits"])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"

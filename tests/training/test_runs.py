@@ -4,6 +4,8 @@ import logging
 import os
 import resource
 import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -112,10 +114,15 @@ def test_a_run_ends_with_its_result_its_checkpoint_and_the_next_command(recipe, 
     assert following == f"next: {command.format(tmp_path / 'run')}"
 
 
-@pytest.mark.parametrize(("rank", "message"), [("0", "error: seed must be in [0, 2^32), got -1"), ("1", 1)])
-def test_under_the_launcher_rank_0_alone_reports_a_recipes_mistakes(rank, message, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RANK", rank)  # as the launcher sets it
-    with pytest.raises(SystemExit) as exit_info:
-        main(smoke("digits_pss", tmp_path / "run", "seed=-1"))
-    assert exit_info.value.code == message
-    assert capsys.readouterr() == ("", "")
+def test_under_the_launcher_the_line_of_rank_0_stands_alone(monkeypatch, tmp_path):
+    """The launcher ends the other ranks while they wait; a rank that fails alone reports its own mistake."""
+    message = "error: seed must be in [0, 2^32), got -1"
+    waits = []
+    for rank, expected in {"0": message, "1": message, "2": 143}.items():
+        monkeypatch.setenv("RANK", rank)  # as the launcher sets it
+        monkeypatch.setattr(time, "sleep", lambda seconds, rank=rank: sys.exit(143) if rank == "2" else
+                            waits.append(rank))
+        with pytest.raises(SystemExit) as exit_info:
+            main(smoke("digits_pss", tmp_path / "run", "seed=-1"))
+        assert exit_info.value.code == expected
+    assert waits == ["1"]
