@@ -22,16 +22,16 @@ from pss_composer.training.builders import build_data
 from pss_composer.training.reading import load_recipe
 
 
-def test_s3_gives_what_local_shards_give(s3, expected, tmp_path, monkeypatch, caplog):
-    set_environment(monkeypatch, s3)
-    assert read(tmp_path / "two", remote="s3://bucket/set", epochs=2, num_workers=2) == expected
-    assert read(tmp_path / "none", remote="s3://bucket/set/", epochs=2) == expected
-    # all is there
+def test_s3_gives_what_local_shards_give(bucket, expected, tmp_path, caplog):
+    url, folder = bucket
+    assert read(tmp_path / "two", remote=url, epochs=2, num_workers=2) == expected
+    assert read(tmp_path / "none", remote=f"{url}/", epochs=2) == expected
     assert not [record for record in caplog.records if record.name == ShardStream.__module__]
-    assert read(tmp_path / "two", remote="s3://nowhere/set", epochs=2) == expected
+    (folder / "train" / "index.json").unlink()
+    assert read(tmp_path / "two", remote=url, epochs=2) == expected  # from its complete cache
     message, = [record.getMessage() for record in caplog.records if record.name == ShardStream.__module__]
     assert message.startswith("remote must give index.json: got ")
-    assert message.endswith(f"s3://nowhere/set/train; read from {tmp_path}/two/train alone, which holds all shards")
+    assert message.endswith(f"{url}/train; read from {tmp_path}/two/train alone, which holds all shards")
 
 
 def test_sftp_gives_what_local_shards_give(store, expected, tmp_path, monkeypatch):
