@@ -66,9 +66,9 @@ def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
     """Composer's `parallelism_config`; None is DDP."""
     if recipe.parallelism == "ddp":
         return None
-    # under the key `fsdp`, Composer sees from the class of the configuration whether it is FSDP1 or FSDP2
+    # Composer takes FSDP1 and FSDP2 under the same key, and tells them apart by the class of the configuration
     if recipe.parallelism == "fsdp2":
-        # whole weights in one file, as under DDP: a ViT is small, and plain timm reads that file
+        # "full" saves whole weights in one file, as DDP does: a ViT is small, and timm alone can read that file
         return {"fsdp": FSDP2Config(
             activation_checkpointing=recipe.activation_checkpointing, state_dict_type="full"
         )}
@@ -78,12 +78,12 @@ def build_parallelism(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def build_data(recipe: Recipe, split: str, device: str = "cpu") -> DataSpec:
-    """The images of a split, each rank's share of the global batch at a time, on `device`.
+    """The images of a split in batches; each rank has its share of the global batch.
 
     Args:
         recipe: The recipe.
         split: `train` or `val`.
-        device: Where batches are when the Trainer gets them, in torch's words.
+        device: Where the Trainer gets the batches, in torch's words: `cpu` or `cuda`.
 
     Raises:
         InputError: A data setting that breaks a rule, or data that is not there.

@@ -16,10 +16,10 @@ MIN_SHARE = 0.1  # of the time; a run that waits longer is reported as limited b
 class DataWaitMonitor(Callback):
     """Logs where the time of each step goes, and reports once if the loader limits the run.
 
-    Every batch: `loader/wait_s`, the seconds from asking the loader for the batch to having it, `loader/compute_s`,
-    those from there to the end of the step, and `loader/skipped`, the bad samples that the loader has left out so far,
-    if it counts them. Composer reads the loss at the end of every step. A GPU has then finished its work, so the
-    wait for the loader is time in which the GPU is idle.
+    It logs three numbers in every batch. `loader/wait_s` is how many seconds the step waited for its batch.
+    `loader/compute_s` is the seconds from there to the end of the step. `loader/skipped` is the number of bad samples
+    that the loader has left out so far, if it counts them. Composer reads the loss at the end of every step. A GPU has
+    then finished its work, so it is idle while the step waits for the loader.
 
     Rank 0 prints the report when waiting has taken a tenth or more of the last `WINDOW` steps. The first step of an
     epoch or of a resumed run, in which workers start, does not count.

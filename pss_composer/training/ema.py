@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(algorithms.EMA):
-    """Composer's moving average of the weights (its arguments are the same), for every model and parallelism here.
+    """Composer's moving average of the weights, for every model and parallelism here; the arguments are the same.
 
-    Composer 0.32 averages integer buffers too and cuts the result, which at some smoothings moves relative position
-    indices of timm's `Beit` to their neighbours, so that the averaged model sees the wrong biases. Under FSDP2 it
-    stops with an error after an evaluation, and in a resumed run every rank gets the averages of rank 0's shards.
+    Composer 0.32 also averages integer buffers and truncates the result. At some values of `smoothing` this changes the
+    relative position indices of timm's `Beit`, and the averaged model uses the wrong biases. Under FSDP2 it fails
+    after an evaluation, and in a resumed run every rank gets the averages of rank 0's shards.
     """
 
     ema_model: Any  # Composer's, None before the average starts
@@ -35,7 +35,7 @@ class EMA(algorithms.EMA):
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
-        # Composer saves one rank's copy of an algorithm's state: it must be the whole
+        # Composer saves the state of one rank, so that state must hold the averages of all shards
         parameters = state_dict["ema_model"]["named_parameters_dict"]
         state_dict["ema_model"]["named_parameters_dict"] = {
             name: average.full_tensor() if isinstance(average, DTensor) else average
@@ -44,7 +44,7 @@ class EMA(algorithms.EMA):
         return state_dict
 
     def _shard_averages(self, state: State) -> None:
-        """Shard those averages that are whole: they were loaded, or copied before FSDP2 sharded the model."""
+        """Shard the averages that are whole, because they were loaded or were copied before FSDP2 sharded the model."""
         averages = self.ema_model.named_parameters_dict
         for name, parameter in state.model.named_parameters():
             if isinstance(parameter, DTensor) and name in averages and not isinstance(averages[name], DTensor):

@@ -16,8 +16,8 @@ class JSONLinesLogger(LoggerDestination):
 
     There is a line for each batch, for each evaluation, and for what Composer logs at the end of an epoch.
 
-    A resumed run appends, and one that starts anew replaces the file. Batches that an interrupted run trained
-    after its last checkpoint then have two lines; the later one counts.
+    A new run replaces the file, and a resumed run appends to it. If a run was interrupted, the batches after its last
+    checkpoint then have two lines; the later one counts.
 
     Args:
         path: The file; only rank 0 writes.

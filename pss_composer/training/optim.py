@@ -46,7 +46,7 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
 
 
 def build_scheduler(settings: SchedulerSettings) -> ComposerScheduler:
-    """Composer's cosine or steps behind a linear warm-up that may start above 0."""
+    """A linear warm-up that may start above 0, then Composer's cosine or multi-step schedule."""
     has_warmup = parse_time(settings.warmup)[0] > 0
     after_warmup: ComposerScheduler
     if settings.name == "multistep":
@@ -60,7 +60,7 @@ def build_scheduler(settings: SchedulerSettings) -> ComposerScheduler:
     warmup = LinearScheduler(alpha_i=settings.alpha_i, alpha_f=1.0, t_max=settings.warmup)
 
     def schedule(state: State, ssr: float = 1.0) -> float:
-        share_of_warmup = warmup(state)
-        return share_of_warmup if share_of_warmup < 1.0 else after_warmup(state, ssr)
+        multiplier = warmup(state)  # of the learning rate
+        return multiplier if multiplier < 1.0 else after_warmup(state, ssr)
 
     return schedule

@@ -26,10 +26,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: A YAML file, or the name of a recipe that comes with the package; its name is the default `run_name`.
-        overrides: Settings like `optimizer.lr=1e-3`, the later ones winning.
+        overrides: Settings like `optimizer.lr=1e-3`; later ones replace earlier ones.
 
     Raises:
-        InputError: No such file, or no YAML; unknown keys, values of a wrong type or outside their range: all at once.
+        InputError: There is no such file, or it is not YAML. Unknown keys, values of a wrong type and values that break
+            a rule are reported together.
     """
     path = find_recipe(path)
     from_file, from_overrides = _read_yaml(path), _read_overrides(overrides)
@@ -48,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing)
                if key not in wrong and key.split(".")[0] not in wrong]
     if missing:
-        # settings are missing: check the groups that are complete
+        # a recipe with missing settings cannot be checked as a whole; check the groups that are complete
         groups = {str(key): recipe[key] for key in recipe if not OmegaConf.is_missing(recipe, key)}
         errors += [error for name, group in groups.items() if OmegaConf.is_dict(group)
                    and not OmegaConf.missing_keys(group) for error in check_group(name, OmegaConf.to_object(group))]
@@ -103,7 +104,10 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _find_settings(given: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, Any, type]]:
-    """Full key, value, and the dataclass that should have the key, of every setting; of a group, first as empty."""
+    """Every setting as its full key, its value and the dataclass that should have it.
+
+    A group comes as an empty dictionary, followed by its settings.
+    """
     for name, value in given.items():
         key, group = f"{prefix}{name}", _find_group(schema, name)
         if group is not None and isinstance(value, dict):
@@ -114,6 +118,7 @@ def _find_settings(given: dict[Any, Any], schema: type, prefix: str = "") -> Ite
 
 
 def _find_group(schema: type, name: str) -> type | None:
+    """The dataclass of a group of settings; None if `name` is not a group of the schema."""
     hint = typing.get_type_hints(schema).get(name)
     types = (hint, *typing.get_args(hint))
     return next((kind for kind in types if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)

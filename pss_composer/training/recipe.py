@@ -101,7 +101,7 @@ class SchedulerSettings:
             ("alpha_i", 0 <= self.alpha_i <= 1, "must be in [0, 1]"),
             ("alpha_f", 0 <= self.alpha_f <= 1, "must be in [0, 1]"),
             ("milestones", bool(self.milestones) == (self.name == "multistep"),
-             f"must be times for scheduler.name=multistep and empty for cosine, which is {self.name}"),
+             f"must be {'times' if self.name == 'multistep' else 'empty'} for scheduler.name={self.name}"),
             ("gamma", 0 < self.gamma < math.inf, "must be above 0 and finite"),
         )
         errors += collect_errors(check_time, self.warmup, "warmup", is_zero_allowed=True)
@@ -196,7 +196,7 @@ class PSSSettings:
 
 @dataclass
 class Recipe:
-    """Everything that a training run depends on. Batch sizes are global: over all devices."""
+    """Everything that a training run depends on. Batch sizes are global: the sum over all devices."""
 
     run_name: str = MISSING
     seed: int = 0
@@ -270,20 +270,20 @@ class Recipe:
 
 
 def check_group(name: str, settings: Any) -> list[InputError]:
-    """The rules that a group of settings breaks, under the full keys; none for what is not a group."""
+    """The rules that a group of settings breaks, under the full keys; an empty list if it is not a group."""
     if not dataclasses.is_dataclass(settings):
         return []
     return rename_keys(settings.check(), lambda key: f"{name}.{key}")
 
 
 def describe_unknown(name: str, known: Sequence[str], *, prefix: str = "", owner: str = "a recipe") -> str:
-    """What to say of a key that does not exist, with the nearest one that does.
+    """The message for an unknown key, with the nearest known one.
 
     Args:
-        name: The key, without the groups that it is in.
-        known: The keys that exist there.
-        prefix: The groups that it is in, like `model.`.
-        owner: What has the known keys.
+        name: The unknown key, without its groups.
+        known: The keys that its group has.
+        prefix: Its groups, like `model.`.
+        owner: What has the known keys, for the message.
     """
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"

@@ -35,7 +35,7 @@ def _check_pretraining(recipe: Recipe) -> list[InputError]:
     ]
     erasing = recipe.augmentation.random_erasing
     if erasing and not recipe.augmentation.is_plain:
-        errors.append(InputError(f"must be 0 {rule}, which would learn to paint its noise, got {erasing}",
+        errors.append(InputError(f"must be 0 {rule}, which would learn to reconstruct the noise, got {erasing}",
                                  key="augmentation.random_erasing"))
     misfits = recipe.masking.check_fit(2 * (recipe.model.image_size,), recipe.model.patch_size)
     return errors + rename_keys(misfits, lambda key: f"masking.{key}")

@@ -35,7 +35,7 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
     if dist.get_global_rank() != 0:
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FolderLock(folder, key="save_folder")
     try:
         yield
@@ -44,7 +44,7 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
         if all(path.name in (RECIPE_FILE, LOG_FILE, OWNER_FILE) for path in folder.iterdir()):
             for path in folder.iterdir():
                 path.unlink()
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
@@ -65,7 +65,7 @@ def _check_earlier_run(recipe: Recipe, folder: Path) -> None:
 
 
 def _find_differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
-    """What differs between an earlier recipe and this one, but for the settings that are free on resume."""
+    """What differs between an earlier recipe and this one, except for settings that are free on resume."""
     for setting in dataclasses.fields(here):
         name, value = setting.name, getattr(here, setting.name)
         if setting.metadata.get("free_on_resume"):
@@ -79,13 +79,17 @@ def _find_differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Write down what the run is trained with, for `load_run` and a later `autoresume`; rank 0 writes."""
+    """Save the recipe in the folder of its run, for `load_run` and a later `autoresume`; rank 0 writes."""
     if dist.get_global_rank() == 0:
         OmegaConf.save(OmegaConf.structured(recipe), Path(recipe.save_folder) / RECIPE_FILE)
 
 
 def remove_torn_checkpoints(folder: Path) -> bool:
-    """Remove checkpoints that a full disk cut short: zip files without their end. Whether there was one."""
+    """Remove checkpoints that a full disk cut short: zip files without their end.
+
+    Returns:
+        Whether there was one.
+    """
     torn = [path for path in folder.glob("ep*-rank*.pt") if path.is_file() and not zipfile.is_zipfile(path)]
     for path in torn:
         path.unlink()

@@ -130,7 +130,7 @@ def train(recipe: Recipe) -> Trainer:
 
 
 def run(recipe: Recipe) -> None:
-    """Train a recipe for the command line; print the result and the next command, also after Ctrl-C.
+    """Train a recipe for the command line; print the result and the next command, or after Ctrl-C how to go on.
 
     Raises:
         InputError: As `train` does.

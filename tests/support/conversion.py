@@ -15,7 +15,7 @@ from streaming.base.hashing import get_hash
 from streaming.vision import StreamingImageNet
 
 from pss_composer.cli import main
-from pss_composer.data.mds.shared_memory import free_when_dropped, taking_a_number
+from pss_composer.data.mds.shared_memory import choosing_number, free_when_dropped
 from pss_composer.data.prepare import shards
 from pss_composer.data.prepare.convert import convert_images
 
@@ -59,7 +59,7 @@ def files_of(source, split):
 
 def read_back(folder, **options):
     """Bytes and label of every image, as streaming reads them."""
-    with taking_a_number():
+    with choosing_number():
         dataset = StreamingImageNet(
             local=str(folder), batch_size=1, transform=lambda image: image.fp.getvalue(), **options
         )

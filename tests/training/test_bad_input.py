@@ -69,7 +69,7 @@ BAD_INPUT = {
     "masked_share_of_random": (["pss.masked_share=0.5"], "pss.masked_share must be null unless pss.sampler=stratified"),
     "stratified": (["pss.sampler=stratified"], "pss.sampler must be one of magnitude, l2_magnitude, random for"),
     "lr_schedule": (["scheduler.name=step"], "scheduler.name must be one of cosine, multistep, got 'step'"),
-    "milestones": (["scheduler.milestones=[1ba]"], "scheduler.milestones must be times for scheduler.name=multistep"),
+    "milestones": (["scheduler.milestones=[1ba]"], "scheduler.milestones must be empty for scheduler.name=cosine"),
     "no_milestones": (["scheduler.name=multistep"], "scheduler.milestones must be times for scheduler.name=multistep"),
     "milestone": (["scheduler.name=multistep", "scheduler.milestones=[soon]"], "scheduler.milestones must be a time "
                   "string above 0 in ep, ba, sp, dur"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pss_composer.data.augmentation.decoding import BadImage
 from pss_composer.data.augmentation.transforms import Transform
-from pss_composer.data.mds.shared_memory import free_when_dropped, taking_a_number
+from pss_composer.data.mds.shared_memory import choosing_number, free_when_dropped
 from pss_composer.data.mds.stream import open_stream
 from pss_composer.data.mds.views import ViewSpanner, partition_views
 from pss_composer.data.samples import BadSample, Sample, load_sample
@@ -32,15 +32,15 @@ batching_methods["views"] = partition_views
 class StreamingImages(StreamingDataset):
     """An MDS folder of images `x` and labels `y` whose augmentation depends on seed, epoch, index and view alone.
 
-    streaming handles keys, image × `repeats` + view, where it says sample ids.
+    What streaming calls a sample id is a key here: image × `repeats` + view.
 
     Args:
         folder: Folder of one split, with its `index.json`; or its cache, for a remote.
         remote: URL of the split's folder in a store, or None.
         settings: How to stream.
         transform: Of a picture and a seed.
-        batch_size: Images in the batch of one device: which image goes to which worker depends on it.
-        shuffle: A new order in every epoch, else that of the shards.
+        batch_size: Images in the batch of one device; streaming needs it to divide the images among the workers.
+        shuffle: Whether every epoch has a new order; else the order is that of the shards.
         seed: Seeds the order and the transform, at least 0.
         repeats: Views of each image that is drawn, in the same batch of the same device wherever they fit.
         on_bad_sample: `raise`, `replace` or `leave_out`, as for `load_sample`.
@@ -71,7 +71,7 @@ class StreamingImages(StreamingDataset):
         try:
             self._stream = open_stream(folder, remote=remote, is_limited=settings.cache_limit is not None,
                                        download_retry=settings.download_retry)
-            with taking_a_number():
+            with choosing_number():
                 super().__init__(
                     streams=[self._stream],
                     predownload=settings.predownload,
@@ -89,29 +89,29 @@ class StreamingImages(StreamingDataset):
                 self._limit_cache(settings.cache_limit)
         except (KeyError, TypeError, ValueError) as error:
             if hasattr(self, "_stream"):
-                self._stream.close()  # a dataset that is refused may be there for some time
+                self._stream.close()  # the error refers to this dataset, which would keep the lock of its cache
             if isinstance(error, InputError):
                 raise
             raise InputError(f"must hold MDS shards that streaming reads, got {to_line(error)!r} in {str(folder)!r}",
-                             key="path") from error  # an index with a member that is missing or odd
+                             key="path") from error  # an entry of the index is missing or of another type
         self.batching_method = "views"
         self.spanner = ViewSpanner(self.spanner, repeats)
         for shard in self.shards:
             column = shard.column_names.index("x")
             if shard.column_encodings[column] in ("jpeg", "png"):
-                shard.column_encodings[column] = "bytes"  # streaming would have PIL open them
+                shard.column_encodings[column] = "bytes"  # streaming would decode them with PIL
 
     def _limit_cache(self, cache_limit: str) -> None:
         self.cache_limit = bytes_to_int(cache_limit)
         largest = max(shard.get_max_size() for shard in self.shards)
-        # with less than the first streaming finds nothing to evict and hangs; with less than the second it is slow
+        # below the first number, streaming finds nothing to evict and hangs; below the second, it is slow
         num_bytes = max(self._stream.get_index_size() + largest, 4 * largest)
         if self.cache_limit < num_bytes:
             raise InputError(f"must be at least {num_bytes}b, for the index and a shard and for four shards, got "
                              f"{cache_limit!r}", key="cache_limit")
 
     def __iter__(self) -> Iterator[Sample]:
-        """This worker's samples of the next epoch; an error in place of one ends it, see `load_sample`."""
+        """This worker's samples of the next epoch; an error in place of a sample ends the epoch, see `load_sample`."""
         for sample in super().__iter__():
             yield sample
             if isinstance(sample, InputError):
@@ -121,27 +121,28 @@ class StreamingImages(StreamingDataset):
             raise self._failure
 
     def on_exception(self, future: Future) -> None:
-        """Keep the error of a thread, after which streaming ends the epoch early, for `__iter__` to raise."""
+        """Keep the error of a thread, so that `__iter__` can raise it; streaming itself only ends the epoch early."""
         self._failure = self._failure or future.exception()
-        with suppress(BaseException):  # streaming lets its other thread end, and raises the error once more
+        with suppress(BaseException):  # streaming stops its other thread here, and raises the error again
             super().on_exception(future)
 
     def _ready_thread(self, it: Any) -> None:
-        """Hold no sample back: `get_item` fetches a shard that is not there.
+        """Mark every sample as ready; `get_item` fetches a shard that is not there.
 
-        streaming's own waits for ever for a shard that another worker evicts as soon as it is there.
+        streaming's own method waits until a shard is there; it never returns if another worker evicts the shard first.
         """
-        it.ready_index = it.total + 1  # at the total itself, the thread that fetches ahead would end
+        it.ready_index = it.total + 1  # with the total itself, the thread that fetches ahead would end
         it.on_exit()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch a shard, unless it is there."""
-        # streaming takes a lock of all processes for every sample that it looks ahead; a limit has to see each access
+        # streaming's own method takes a lock of all processes for every sample that it fetches ahead; only a cache
+        # with a limit needs that, to know which shards were used last
         if self.cache_limit or not (self._stream.folder / self.shards[shard_id].raw_data.basename).is_file():
             super().prepare_shard(shard_id, blocking)
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """The sample of a key."""
+        """The sample of a key, which streaming calls `sample_id`."""
         index, view = divmod(int(sample_id), self.repeats)
         seed = derive_seed(self.seed, self.next_epoch - 1, index, view)
         return load_sample(
@@ -156,7 +157,7 @@ class StreamingImages(StreamingDataset):
         shard_name = self.shards[shard_id].raw_data.basename
         name = f"sample {place} of {shard_name} in {self._stream.local!r}"
         try:
-            with np.errstate(over="ignore"):  # of an offset that is larger than the next one
+            with np.errstate(over="ignore"):  # where an offset is larger than the next one
                 sample = super().get_item(index * self.repeats, retry)
             label = int(sample["y"])
         except RuntimeError as error:  # the shard was not there, however often it was asked for
@@ -165,7 +166,7 @@ class StreamingImages(StreamingDataset):
             raise self._failure or InputError(rule, key=key) from error
         except OSError as error:
             raise InputError(f"{name} must be readable, got {to_line(error)!r}") from error
-        except (IndexError, ValueError, TypeError, MemoryError) as error:  # offsets or lengths that lead nowhere
+        except (IndexError, ValueError, TypeError, MemoryError) as error:  # wrong offsets or lengths
             raise BadSample(f"{name} must be whole, got {to_line(error)!r}") from error
         try:
             return self.transform(sample["x"], seed), label

@@ -1,4 +1,4 @@
-"""Reads whole shards with streaming's own reader, but trusts no number in them."""
+"""Reads whole shards with streaming's own reader, after checking every number in them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def read_shard(shard: MDSReader, data: bytes) -> list[tuple[bytes, int]]:
         data: Its file, as it is stored.
 
     Raises:
-        ValueError: The file has another size or hash than the index says, or is not such a shard. If it does not
-            unpack, the error is that of the compression's library.
+        ValueError: The file has another size or hash than the index says, or is not an MDS shard.
+        Exception: The file cannot be unpacked; the class depends on the library of the compression.
     """
     info = shard.zip_data or shard.raw_data
     if len(data) != info.bytes:
@@ -74,7 +74,7 @@ def read_shard(shard: MDSReader, data: bytes) -> list[tuple[bytes, int]]:
 
 
 def decode_image(shard: MDSReader, data: bytes) -> Any:
-    """The decoded column x of a sample; what fails depends on its encoding."""
+    """The decoded column x of a sample; the class of an error depends on the encoding."""
     encoding = shard.column_encodings[shard.column_names.index("x")]
     # streaming's decoder of JPEG and PNG files leaves the pixels to PIL, until they are used
     return decode_tensor(data) if encoding in ("jpeg", "png") else mds_decode(encoding, data)

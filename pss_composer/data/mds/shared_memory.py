@@ -1,7 +1,7 @@
-"""streaming's shared memory: who takes which number, and what is left of datasets that are no more.
+"""streaming's shared memory: how datasets get their numbers, and how their memory is freed.
 
-A dataset has a six-digit number. The names of its segments (`000000_locals` and others) have it, and those of its locks
-in the folder for temporary files.
+streaming gives a dataset a six-digit number. The names of its shared memory segments (`000000_locals` and others) begin
+with the number, and so do those of its lock files in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def clean_shared_memory() -> None:
 
 
 @contextmanager
-def taking_a_number() -> Iterator[None]:
-    """Around what makes a dataset, in every process of a run: one run after another takes a free number."""
+def choosing_number() -> Iterator[None]:
+    """While the block makes a dataset, no other run of this user chooses a number; for every process of a run."""
     with _locked() if dist.get_local_rank() == 0 else nullcontext():
         if dist.get_local_rank() == 0:
             _lock_numbers()
@@ -58,9 +58,9 @@ def taking_a_number() -> Iterator[None]:
 
 
 def _lock_numbers() -> None:
-    """Make a lock for each number of this user, where there is none: streaming then passes the number by.
+    """Make a lock file for each number of this user that has none; streaming then skips the number.
 
-    It would open the segments of the others to see whether they are there, and leave them open.
+    Without one, streaming would open the segments of that number to see whether they are there, and leave them open.
     """
     numbers = {path.name[:6] for path in _find_files(SHARED_MEMORY)}
     for number in numbers:
@@ -68,11 +68,11 @@ def _lock_numbers() -> None:
         if not lock.exists():
             lock.touch()
     if numbers and (stale := numbers - _find_numbers_in_use()):
-        _name_stale(len(stale))
+        _warn_of_stale_memory(len(stale))
 
 
-@functools.cache  # once
-def _name_stale(count: int) -> None:
+@functools.cache  # warn once
+def _warn_of_stale_memory(count: int) -> None:
     log.warning("%s holds the memory of %d datasets that no process here uses; if no other container uses it: "
                 "python -m pss_composer clean-shared-memory", SHARED_MEMORY, count)
 
@@ -90,7 +90,7 @@ def _free(attributes: Mapping[str, Any], process: int) -> None:
         return
     for segment in _find_segments(attributes):
         segment.cleanup()
-        atexit.unregister(segment.cleanup)  # another dataset may have the number by then
+        atexit.unregister(segment.cleanup)  # at the end of the process, another dataset may have the number
         for lock in LOCKS if dist.get_local_rank() == 0 else ():
             (TEMPORARY / f"{segment.shm.name[:6]}_{lock}").unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def _find_segments(attributes: Mapping[str, Any]) -> Iterator[SharedMemory]:
     for value in attributes.values():
         if isinstance(value, SharedMemory):
             yield value
-        elif type(value).__module__.startswith("streaming.base.shared."):  # an array, a number or a barrier in one
+        elif type(value).__module__.startswith("streaming.base.shared."):  # an array, a number or a barrier
             yield from _find_segments(vars(value))
 
 
@@ -112,7 +112,7 @@ def _find_files(folder: Path) -> Iterator[Path]:
 
 
 def _find_numbers_in_use() -> set[str]:
-    """The numbers whose memory a process of this user has mapped; it has, from its first segment to its end."""
+    """The numbers whose memory a process of this user has mapped; every process with a dataset has, until it ends."""
     numbers: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone in the meantime, or another user's

@@ -1,4 +1,4 @@
-"""A folder of MDS shards, there or cached from a store: whole, verified, every fault in one line."""
+"""A folder of MDS shards, or a cache of a store's; shards are verified, and every fault is reported as one line."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pss_composer.locks import FolderLock
 if TYPE_CHECKING:
     from streaming.base.format import Reader
 
-ORIGIN_FILE = ".remote"  # the URL of the store that a cache is of
-UNVERIFIED = "unverified"  # a cache's folder of files that are being fetched
+ORIGIN_FILE = ".remote"  # in a cache: the URL of its store
+UNVERIFIED = "unverified"  # in a cache: folder of the files that are being fetched
 TIMEOUT = 60.0  # seconds, for a file
 log = logging.getLogger(__name__)
 
@@ -35,17 +35,18 @@ log = logging.getLogger(__name__)
 def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_retry: int) -> ShardStream:
     """A stream of shards that are there or can be fetched; every process of a run calls this.
 
-    A cache must have the index of its store. Where the store gives none, a cache with every shard is read without it.
+    A cache must have the same index as its store. If the index cannot be fetched, a complete cache is read without the
+    store.
 
     Args:
         folder: Folder of one split, or its cache.
         remote: URL of the split's folder in a store, or None.
-        is_limited: Shards will be removed from the cache.
-        download_retry: How often a file is asked for.
+        is_limited: Whether shards will be removed from the cache.
+        download_retry: How often a file is requested.
 
     Raises:
-        InputError: There are no such shards, or not all; the store is unknown or gives no index; the folder is another
-            store's cache, or another run uses it, or it cannot be written.
+        InputError: Shards are missing; the store is unknown or gives no index; the folder is the cache of another
+            store, another run uses it, or it cannot be written.
     """
     if remote is not None:
         stream = ShardStream(folder, remote=remote, download_retry=download_retry)
@@ -61,12 +62,13 @@ def open_stream(folder: Path, *, remote: str | None, is_limited: bool, download_
 class ShardStream(Stream):
     """A Stream of one split, as for `open_stream`.
 
-    A shard from the store gets into the cache when its hashes are those of the index. Why a shard cannot be had goes to
-    `errors`; streaming fetches in threads and processes that would wait for one that raises.
+    A shard from the store gets into the cache only if its hashes are those of the index. If a shard cannot be fetched,
+    the reason is kept in `errors`, not raised: streaming fetches in several threads and processes, and the others would
+    wait for the one that raised.
 
     Attributes:
         errors: Rule and key of an `InputError`, by the name of a shard's file.
-        lock: Keeps other runs from the cache while this one may fetch, in the first process of a machine.
+        lock: Keeps other runs from the cache while this one may fetch; the first process of each machine has it.
     """
 
     def __init__(self, folder: Path, *, remote: str | None = None, download_retry: int = 1) -> None:
@@ -90,7 +92,7 @@ class ShardStream(Stream):
             try:
                 if self.remote is None:
                     return super().prepare_shard(shard)
-                self._ask(partial(self._fetch, shard), name, self.download_retry)
+                self._retry(partial(self._fetch, shard), name, self.download_retry)
                 return shard.get_raw_size()
             except InputError as error:
                 self.errors[name] = error.rule, error.key
@@ -99,7 +101,11 @@ class ShardStream(Stream):
         return 0
 
     def open_cache(self, *, is_limited: bool) -> None:
-        """Make the folder the cache of the store, for this run alone if it has to fetch."""
+        """Prepare the folder as the cache of the store, and lock it if this run may fetch.
+
+        Raises:
+            InputError: As `open_stream` does.
+        """
         path, origin, remote = self.folder / "index.json", self.folder / ORIGIN_FILE, hide_password(str(self.remote))
         is_complete = not is_limited and _is_complete(self.folder)
         try:
@@ -119,7 +125,7 @@ class ShardStream(Stream):
         origin.write_text(remote)
         path.with_suffix(".part").write_text(index)
         path.with_suffix(".part").replace(path)
-        # what a killed run, or another program, left: files that were being fetched, and shards of a wrong size
+        # a killed run or another program may have left unfinished files, and shards of a wrong size
         shutil.rmtree(self.folder / UNVERIFIED, ignore_errors=True)
         sizes = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
         for path in self.folder.glob("shard.*"):
@@ -145,18 +151,18 @@ class ShardStream(Stream):
                 path.write_bytes(decompress(shard.compression, data))
             path.replace(self.folder / raw.basename)
         finally:
-            path.unlink(missing_ok=True)  # streaming would take a part for the whole
+            path.unlink(missing_ok=True)  # streaming would take a partial file for a whole one
 
     def _fetch_index(self, num_attempts: int) -> str:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "index.json")
             fetch = partial(self._downloader.download, f"{self.remote}/index.json", str(path), TIMEOUT)
-            self._ask(fetch, "index.json", num_attempts)
+            self._retry(fetch, "index.json", num_attempts)
             self._downloader.clean_up()  # workers are forked from here, and a connection does not survive that
             return path.read_text()
 
-    def _ask(self, fetch: Callable[[], None], name: str, num_attempts: int) -> None:
-        """Ask the store for a file, and again where that fails; once more where the file is broken."""
+    def _retry(self, fetch: Callable[[], None], name: str, num_attempts: int) -> None:
+        """Fetch a file, and try again if that fails: up to `num_attempts` times, or twice if the file is broken."""
         for attempt in range(num_attempts):
             try:
                 return fetch()
@@ -168,9 +174,9 @@ class ShardStream(Stream):
 
 
 class _S3Downloader(S3Downloader):
-    """Draws nothing from Python's global generator; the main thread may be drawing a transform from it at that moment.
+    """Draws nothing from Python's global generator, from which the main thread may be drawing a transform.
 
-    boto3's `download_file` draws the name of an unfinished file.
+    boto3's `download_file` draws a random name for the unfinished file from it.
     """
 
     def _create_s3_client(self, unsigned: bool = False, timeout: float = TIMEOUT) -> None:
@@ -184,7 +190,7 @@ def _download_file(client: Any, bucket: str, key: str, path: str, **options: Any
 
 
 def _read_index(text: str, key: str, place: str) -> list[dict[str, Any]]:
-    """The shards that an index.json names: MDS, at least one sample, with the columns x and y."""
+    """The entries of the shards in an index.json, which must have at least one sample and the columns x and y."""
     try:
         shards = json.loads(text)["shards"]
         columns = {column for shard in shards for column in shard["column_names"]}
@@ -208,7 +214,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _check_files(folder: Path) -> None:
-    """Every shard of the index must be there, packed or not, and of the right size."""
+    """Check that every shard of the index is there, packed or not, and has the right size."""
     index = folder / "index.json"
     if not index.is_file():
         raise InputError(f"must hold MDS shards, got no index.json in {str(folder)!r}", key="path")

@@ -18,12 +18,13 @@ def partition_views(dataset: StreamingImages, world: Any, epoch: int, sample_in_
 
     Args:
         dataset: The images.
-        world: The machines, devices and workers, streaming's `World`.
+        world: streaming's `World`: the machines, devices and workers.
         epoch: Seeds the order.
-        sample_in_epoch: Views seen already, which are left out.
+        sample_in_epoch: Number of views that this epoch has shown already; they are left out.
 
     Returns:
-        int64 (machines, devices, workers, batches, samples): image × repeats + view, or −1 where there is none.
+        Keys, image × repeats + view, or −1 where a batch has no sample; int64 (machines, devices, workers, batches,
+        samples).
     """
     repeats, num_parts = dataset.repeats, dataset.num_canonical_nodes
     places = get_partitions(
@@ -36,8 +37,8 @@ def partition_views(dataset: StreamingImages, world: Any, epoch: int, sample_in_
                             dataset.shuffle_block_size)
     if repeats == 1:
         return np.where(places == -1, -1, order[places])
-    # streaming gives the places of a machine's batch to its devices in turn; here each device gets a run of them: all
-    # views of most of its images, which are decoded once
+    # streaming gives the places of a machine's batch to its devices in turn. Here each device gets consecutive places:
+    # it has all views of most of its images, and decodes these only once
     batches = np.moveaxis(places, 1, 3)  # (machines, workers, batches, devices, samples)
     whole = (batches != -1).all(axis=(3, 4))
     num_places = world.ranks_per_node * dataset.batch_size
@@ -50,7 +51,7 @@ def partition_views(dataset: StreamingImages, world: Any, epoch: int, sample_in_
 
 
 class ViewSpanner:
-    """Shard, and place in there, of a key; `spanner` is streaming's, which has them of an image."""
+    """Finds the shard of a key, and the place in that shard; `spanner` is streaming's, which finds them of an image."""
 
     def __init__(self, spanner: Any, repeats: int) -> None:
         self.spanner = spanner

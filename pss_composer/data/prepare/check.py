@@ -16,10 +16,10 @@ from pss_composer.errors import InputError, to_line
 
 
 def check_data(path: str, *, samples_per_shard: int = 8) -> int:
-    """Verify every shard and print what the splits hold, then a line per problem and their number.
+    """Verify every shard; print what each split holds and one line per problem, then the number of problems.
 
     Args:
-        path: A folder or URL that holds the splits `train` or `val` or both, or one split.
+        path: A folder or URL that holds `train` or `val` or both, or the shards of one split.
         samples_per_shard: Images to decode, evenly spread over each shard; 0 for none.
 
     Returns:
@@ -81,7 +81,7 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
         for number in np.linspace(0, len(samples) - 1, num_decoded).round().astype(int):
             try:
                 decode_image(shard, samples[number][0])
-            except Exception as error:  # nor have the decoders
+            except Exception as error:  # the decoders have no common class of errors either
                 problems.append(f"{basename} sample {number}: {to_line(error)}")
     num_bytes = sum((shard.zip_data or shard.raw_data).bytes for shard in shards)
     print(f"{name}: {counts.total():,} images {_describe_classes(counts, classes)}, in {len(shards):,} shards, "
@@ -90,6 +90,12 @@ def _check_split(store: Store, folder: str, name: str, index: bytes, samples_per
 
 
 def _describe_classes(counts: Counter[int], classes: list[str] | None) -> str:
+    """How many classes there are, with the smallest and the largest; classes without images count, too.
+
+    Args:
+        counts: Number of images by label.
+        classes: Names of the classes in the order of their labels, if there is a `classes.json`.
+    """
     names = dict(enumerate(classes or ()))
     numbers = dict.fromkeys(names, 0) | counts
     if not numbers:

@@ -1,8 +1,7 @@
 """Converts a folder of images to MDS shards for `StreamingImageNet`; a conversion that was stopped can go on.
 
-Which image goes into which shard is planned from the names and sizes of the source files alone, and a shard is
-written whole or not at all. So the shards are the same, byte for byte, whatever the number of workers and however
-often the conversion was stopped.
+The names and sizes of the source files alone decide which image goes into which shard, and a shard is written whole or
+not at all. So the shards are the same, byte for byte, with any number of workers and after any number of stops.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pss_composer.data.prepare.stores import PARTS, RemoteStore, Store, open_sto
 from pss_composer.errors import InputError
 from pss_composer.locks import FolderLock
 
-FORMAT = 1  # another number makes other shards of the same images
+FORMAT = 1  # raise it when the same images and options give other shards: old and new shards must not be mixed
 SHUFFLE_SEED = 0
 OWN_NAMES = re.compile(r"\.parts|(plan|classes|index)\.json|shard\.\d{5,}\.mds")
 
@@ -47,17 +46,17 @@ def convert_images(
 
     Args:
         source: Holds `train/CLASS/*` or `val/CLASS/*` or both, or the validation images themselves.
-        out: Folder or URL of a store that streaming writes to: new, empty, or left by the same conversion.
+        out: Folder, or URL of a store that streaming writes to. It is new or empty, or holds the same conversion.
         ground_truth: The classes of validation images without class folders, see `read_ground_truth`.
         shortest_side: Images whose shortest side is longer, in pixels, are resized to it (bicubic) and encoded again
             as JPEG; all others keep their bytes.
         quality: Quality of the JPEGs that are resized, in [1, 100].
         shard_size: Source bytes per shard, like `64mb`.
-        num_workers: Number of processes; as many as cores by default.
-        is_strict: The first image that does not decode is an error.
+        num_workers: Number of processes; by default, the number of cores.
+        is_strict: Whether an image that does not decode is an error.
 
     Raises:
-        InputError: Bad input, an `out` that holds something else, or a store that fails.
+        InputError: Bad input; `out` holds something else; or the store fails.
     """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
@@ -71,7 +70,7 @@ def convert_images(
                              key="out")
         plans = [_describe_shards(split, settings) for split in splits]
         for split, plan in zip(splits, plans, strict=True):
-            _is_finished(store, split.name, plan)  # an error here comes before the first split takes hours
+            _is_finished(store, split.name, plan)  # raises its errors before the first split, which may take hours
         for split, plan in zip(splits, plans, strict=True):
             if _is_finished(store, split.name, plan):
                 print(f"{split.name}: finished already, nothing to do")
@@ -82,11 +81,14 @@ def convert_images(
 
 
 def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
-    """The images of every shard, from their names and sizes alone.
+    """Divide the images of a split among shards, by their names and sizes alone.
 
     Args:
         split: Training images are shuffled, validation images stay in the order of their names.
-        shard_size: Bytes of a shard, at most; a larger image has a shard of its own.
+        shard_size: Largest sum of the files of a shard, in bytes; a larger image has a shard of its own.
+
+    Returns:
+        The images of every shard.
     """
     images = list(split.images)
     if split.name == "train":
@@ -105,13 +107,13 @@ def plan_shards(split: Split, shard_size: int) -> list[list[SourceImage]]:
 
 
 def _read_classes(store: Store) -> dict[str, list[str]]:
-    """The classes of the splits that are there."""
+    """The class names of the splits that are converted already."""
     classes = {split: store.read_json(f"{split}/classes.json") for split in SPLITS}
     return {split: names for split, names in classes.items() if names is not None}
 
 
 def _describe_shards(split: Split, settings: ConversionSettings) -> dict[str, Any]:
-    """What determines the bytes of the shards."""
+    """The options that the bytes of the shards depend on, and a fingerprint of these and of the source files."""
     quality = settings.quality if settings.shortest_side is not None else None
     options = {"shortest_side": settings.shortest_side, "quality": quality, "shard_size": settings.shard_bytes}
     text = json.dumps([FORMAT, split.name, split.classes, split.images, options])
@@ -119,10 +121,14 @@ def _describe_shards(split: Split, settings: ConversionSettings) -> dict[str, An
 
 
 def _is_finished(store: Store, name: str, plan: dict[str, Any]) -> bool:
-    """Whether a split is complete; raises an error if it holds anything but this conversion."""
+    """Whether a split is complete.
+
+    Raises:
+        InputError: It holds anything but this conversion.
+    """
     found = store.read_json(f"{name}/plan.json")
     is_finished = store.read(f"{name}/index.json") is not None
-    # some stores cannot list their files: there, look at least for the index of a finished conversion
+    # if the store cannot list its files, at least the index of another finished conversion is found
     names = store.list_folder(name) or ["index.json"] * is_finished
     foreign = [entry for entry in names if entry != PARTS and (found is None or not OWN_NAMES.fullmatch(entry))]
     if foreign:
@@ -150,7 +156,7 @@ def _convert_split(store: Store, split: Split, settings: ConversionSettings, pla
         if not entries:
             name, reason = records[0]["left_out"][0]
             raise InputError(f"must hold images that decode, got none in {split.name}; {name}: {reason}", key="source")
-        # the last file: with it the split is complete
+        # written last: a split with an index is complete
         store.write_json(f"{split.name}/index.json", {"version": 2, "shards": entries})
     finally:
         if lock is not None:

@@ -15,16 +15,16 @@ WORDNET_ID = re.compile(r"n\d{8}")
 def read_ground_truth(path: Path, image_names: list[str]) -> tuple[list[str], list[str]]:
     """The classes of the validation images, from a file in one of three forms.
 
-    The development kit's `ILSVRC2012_validation_ground_truth.txt` has a number from 1 to 1000 per image, whose
-    WordNet id is in the kit's `meta.mat` beside it; other lists have a WordNet id per image; Kaggle's
-    `LOC_val_solution.csv` names the image, too.
+    The development kit's `ILSVRC2012_validation_ground_truth.txt` has a class number from 1 to 1000 per image; the
+    WordNet ids of these numbers are in the kit's `meta.mat` beside it. Other lists have a WordNet id per image.
+    Kaggle's `LOC_val_solution.csv` has the name and the WordNet id of each image.
 
     Args:
         path: The file.
-        image_names: File names, sorted; a list without names is in the same order.
+        image_names: File names, sorted. A file without names must be in the same order.
 
     Returns:
-        The WordNet id of every image, and those of all classes, sorted.
+        The WordNet id of every image, and the sorted WordNet ids of all classes.
 
     Raises:
         InputError: The file has another form, or does not fit the images.
@@ -68,9 +68,9 @@ def _read_meta(path: Path) -> dict[int, str]:
         from scipy.io import loadmat
 
         synsets = loadmat(io.BytesIO(path.read_bytes()), squeeze_me=True)["synsets"]
-        # the rest are the classes above these in WordNet's tree
+        # only the leaves of WordNet's tree, which have no children, are classes of images
         return {int(synset[0]): str(synset[1]) for synset in synsets if synset[4] == 0}
-    except Exception as error:  # scipy is not there, or raises one of many errors for a broken file
+    except Exception as error:  # scipy is missing, or raises one of many errors for a broken file
         raise _error(f"of the development kit needs meta.mat beside it, got {str(path)!r}: {error}") from None
 
 

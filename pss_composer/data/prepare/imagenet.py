@@ -29,7 +29,7 @@ class Split:
 
     Args:
         name: `train` or `val`.
-        folder: Holds the images; their names are paths in it.
+        folder: Holds the images; their names are paths relative to it.
         classes: Names of the class folders, or WordNet ids, in the order of the labels.
         images: In the order of their names.
         num_ignored: Other files and folders beside the images.
@@ -49,7 +49,7 @@ def find_splits(source: Path, ground_truth: Path | None, known_classes: dict[str
         source: Holds `train/CLASS/*` or `val/CLASS/*` or both; or the validation images themselves, which then
             need `ground_truth`.
         ground_truth: File with the class of every validation image, see `read_ground_truth`.
-        known_classes: Class names of the splits that are already converted: all must have the same.
+        known_classes: Class names of the splits that are converted already; all splits must have the same.
 
     Raises:
         InputError: There are no images, some cannot be read, or their classes do not fit together.
@@ -73,7 +73,7 @@ def find_splits(source: Path, ground_truth: Path | None, known_classes: dict[str
     expected = others[0] if others else splits[0].classes
     for split in splits:
         if split.classes != expected:
-            # the class number is the place of the name in the alphabet: one name more or less shifts the rest
+            # the label of a class is its place in the alphabet: one name more or less shifts the others
             odd = sorted(set(split.classes) ^ set(expected))
             raise InputError(
                 f"must hold the same class folders in every split, got {len(odd)} that only one of two has, "
@@ -116,7 +116,12 @@ def _find_flat_split(folder: Path, ground_truth: Path, classes: list[str] | None
 
 
 def _scan(folder: Path) -> tuple[list[str], list[tuple[str, int]], int]:
-    """The names of a folder's folders, names and sizes of its images (both sorted), and the number of all entries."""
+    """Read a folder.
+
+    Returns:
+        The sorted names of its sub-folders; names and sizes in bytes of its images, sorted by name; and the number of
+        all its entries.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         folders = [entry.name for entry in entries if entry.is_dir()]

@@ -31,14 +31,14 @@ from pss_composer.locks import FolderLock
 
 @dataclass
 class Job:
-    """The conversion of one split. Worker processes inherit it.
+    """The conversion of one split, which forked worker processes inherit.
 
     Args:
         store: Where the shards go.
         split: The split.
         shards: The images of every shard.
-        settings: How they are written.
-        fingerprint: Identifies the conversion, in every record.
+        settings: Options of the conversion.
+        fingerprint: Identifies the conversion; every record of a shard has it.
         lock: Keeps other conversions out of the split; None for a remote store.
         is_stopped: Tells the workers to stop. It has no lock, because a worker that is killed would keep it.
     """
@@ -53,13 +53,17 @@ class Job:
 
 
 def run_workers(job: Job) -> list[dict[str, Any]]:
-    """Have all shards written, and return their records in order.
+    """Write all shards in worker processes, unless they are there.
+
+    Returns:
+        The record of every shard, in order: its `fingerprint`; `shard`, its entry of the index, or None if it has no
+        images; and `left_out`, pairs of an image's name and why it does not decode.
 
     Raises:
-        InputError: An image cannot be read, or under `is_strict` not decoded, the store fails, or a worker dies.
+        InputError: An image cannot be read; one does not decode, under `is_strict`; the store fails; or a worker dies.
     """
     num_workers = min(job.settings.num_workers, len(job.shards))
-    context = multiprocessing.get_context("fork")  # a worker that starts afresh imports torch for seconds
+    context = multiprocessing.get_context("fork")  # a spawned worker would import torch, which takes seconds
     records = []
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
@@ -89,16 +93,16 @@ def _start_worker(job: Job) -> None:
     global _job
     _job = job
     if job.lock is not None:
-        job.lock.release()  # its copy here would outlast a main process that is killed
+        job.lock.release()  # else the lock would stay when the main process is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler waits for a system call to end
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PIL's, about odd metadata
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
-    """End with the main process: if it is killed, a worker would wait for its next shard for ever."""
+def _exit_with_parent() -> None:
+    """End this worker when the main process is killed; it would wait for its next shard for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -141,7 +145,12 @@ def _write_samples(samples: list[dict[str, Any]], file: Path) -> dict[str, Any]:
 
 
 def _read_image(folder: Path, image: SourceImage, settings: ConversionSettings) -> bytes:
-    """The bytes of an image for its shard: those of its file, unless it is resized."""
+    """The bytes of an image for its shard: those of its file, unless it is resized.
+
+    Raises:
+        BadImage: The image does not decode.
+        InputError: The file cannot be read, or its size is not the one that the shards were planned with.
+    """
     path = folder / image.name
     try:
         data = path.read_bytes()

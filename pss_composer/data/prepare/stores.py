@@ -1,4 +1,4 @@
-"""Where shards are: a folder of this machine, or a store that streaming reads and writes."""
+"""The places that shards are read from and written to: a folder of this machine, or a store that streaming knows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ T = TypeVar("T")
 class Store:
     """A folder with files like `train/shard.00000.mds`; a file appears under its name whole or not at all.
 
-    What fails is tried again on a new connection, after longer and longer pauses. The last failure is an `InputError`.
+    An operation that fails is tried again on a new connection, after longer and longer pauses. If the last attempt
+    fails, an `InputError` is raised.
 
     Args:
-        url: The folder, which need not be there yet; of `RemoteStore` a URL.
-        key: The argument that gives it, for messages.
+        url: The folder, which need not be there yet; for `RemoteStore`, a URL.
+        key: The argument that names it, for messages.
 
     Attributes:
         shown: The URL without its password, for messages.
@@ -44,7 +45,7 @@ class Store:
         return self._retry(lambda: self._read(name), f"must be readable at {posixpath.join(self.shown, name)}")
 
     def read_json(self, name: str) -> Any:
-        """The value in a file; None if the file is not there, or broken, as after a power cut."""
+        """The value in a JSON file; None if the file is not there, or is broken, as it may be after a power cut."""
         data = self.read(name) or b""
         try:
             return json.loads(data)
@@ -52,7 +53,15 @@ class Store:
             return None
 
     def write(self, name: str, fill: Callable[[Path], T]) -> T:
-        """Let `fill` write a file, put it here, over what is there, and return what `fill` returns."""
+        """Write a file, and replace the one that is there.
+
+        Args:
+            name: The file, as a path in this folder.
+            fill: Writes the contents into the file that it gets; called again if an attempt fails.
+
+        Returns:
+            What `fill` returns.
+        """
         def write() -> T:
             with TemporaryDirectory(dir=self._find_workspace(name)) as folder:
                 file = Path(folder, name)
@@ -64,23 +73,23 @@ class Store:
         return self._retry(write, f"must take {name}")
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as a file."""
+        """Write a value as a JSON file."""
         self.write(name, lambda file: file.write_text(json.dumps(value, sort_keys=True)))
 
     def list_folder(self, name: str) -> list[str]:
-        """The sorted names of files and folders in a folder; none if the store cannot list them."""
+        """The sorted names of files and folders in a folder; empty if the store cannot list them."""
         return self._retry(lambda: sorted(self._list(name)), f"must be readable at {self.shown}")
 
     def has_size(self, name: str, num_bytes: int) -> bool:
-        """Whether a file that was put here is still whole; after a power cut it may not be."""
+        """Whether a file that was written here still has its size; after a power cut it may not."""
         return (self.root / name).is_file() and (self.root / name).stat().st_size == num_bytes
 
     def put(self, folder: Path, name: str) -> None:
-        """Move the file `folder/name` here."""
+        """Move the file `folder/name` to `name` in this folder."""
         os.replace(folder / name, self.root / name)
 
     def close(self) -> None:
-        """End the connection; the next use makes a new one, in whatever process."""
+        """End the connection; the next operation makes a new one, also in another process."""
         return
 
     def _read(self, name: str) -> bytes | None:
@@ -137,7 +146,7 @@ class RemoteStore(Store):
             keys = self._connect().list_objects(folder)
         except NotImplementedError:
             return set()
-        # keys are full paths within the bucket, of everything below
+        # the keys of all files below the folder, as full paths in the bucket
         prefix = posixpath.join(urlsplit(self.url).path.strip("/"), folder).strip("/") + "/"
         return {f"/{key.strip('/')}".partition(prefix)[2].split("/")[0] for key in keys} - {""}
 
@@ -152,10 +161,15 @@ class RemoteStore(Store):
 
 
 def open_store(url: str, *, key: str, is_written: bool = False) -> Store:
-    """The store of a folder or a URL; nothing is connected yet.
+    """The store of a folder or a URL; this makes no connection yet.
+
+    Args:
+        url: A folder, which need not be there yet, or a URL.
+        key: The argument that names it, for messages.
+        is_written: Whether files will be written to it.
 
     Raises:
-        InputError: `url` is a file, or a URL that streaming cannot read or, if `is_written`, not write.
+        InputError: `url` is a file, or a URL that streaming cannot read, or cannot write although `is_written`.
     """
     scheme, shown = urlsplit(url).scheme, hide_password(url)
     if scheme == "":
@@ -175,6 +189,7 @@ def open_store(url: str, *, key: str, is_written: bool = False) -> Store:
 
 
 def _is_missing(error: Exception) -> bool:
+    """Whether an error of a downloader says that there is no such file; each library says it differently."""
     response = getattr(error, "response", None)
     codes = [getattr(error, name, None) for name in ("code", "status", "status_code")]
     if isinstance(response, dict):  # botocore's

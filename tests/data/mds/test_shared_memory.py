@@ -50,7 +50,7 @@ def test_a_start_deletes_nothing_and_names_what_is_stale(two_jobs, data, expecte
     assert all(len(names) >= 6 for names in files.values()) and locks[1].exists()
     locks[0].touch()
 
-    shared_memory._name_stale.cache_clear()
+    shared_memory._warn_of_stale_memory.cache_clear()
     assert read(caches[0], remote=str(data), epochs=2, num_workers=2) == expected
     message, = [record.getMessage() for record in caplog.records if record.name == shared_memory.__name__]
     assert re.match(r"/dev/shm holds the memory of [1-9]\d* datasets that no process here uses; ", message)
