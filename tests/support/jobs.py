@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support.shards import NUM_IMAGES, flatten
 
-TIMEOUT = 60  # seconds
+TIMEOUT = 120  # seconds
 RECIPE = ["yamls/deit_small_224.yaml", "model.size=tiny", "model.embed_dim=32", "model.depth=1", "model.num_heads=2",
           "model.image_size=32", f"model.num_classes={NUM_IMAGES}", "train_batch_size=8", "eval_batch_size=8",
           "max_duration=2ep", "scheduler.warmup=0ep", "data.num_workers=0", "augmentation.repeats=1",

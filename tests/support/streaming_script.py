@@ -31,7 +31,7 @@ from pss_composer.data.settings import DataSettings
 from pss_composer.errors import exit_on_input_error
 from pss_composer.training import trainer
 
-TIMEOUT = 60  # seconds
+TIMEOUT = 120  # seconds
 
 
 def train(folder, arguments, pause_at):
