@@ -58,9 +58,18 @@ class ViTShape:
     def _check_together(self) -> list[InputError]:
         blocks = self.blocks
         embed_dim, num_heads = blocks["embed_dim"], blocks["num_heads"]
-        errors = find_broken(self, (
-            "image_size", self.image_size % self.patch_size == 0, f"must be divisible by patch_size={self.patch_size}"
-        ))
+        num_weights = {
+            "image_size": (self.image_size // self.patch_size) ** 2 * embed_dim,
+            "patch_size": 3 * self.patch_size**2 * embed_dim,
+            "num_classes": self.num_classes * embed_dim,
+        }
+        errors = find_broken(
+            self,
+            ("image_size", self.image_size % self.patch_size == 0, 
+             f"must be divisible by patch_size={self.patch_size}"),
+            *((name, number <= MAX_WEIGHTS, f"must make a ViT of at most {MAX_WEIGHTS:.0e} weights")
+              for name, number in num_weights.items()),
+        )
         if embed_dim % num_heads:
             errors.append(InputError(f"must be divisible by num_heads={num_heads}, got {embed_dim}", key="embed_dim"))
         if 12 * embed_dim**2 * blocks["depth"] > MAX_WEIGHTS:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pss_composer.checks import raise_errors
-from pss_composer.errors import InputError, to_line
+from pss_composer.errors import InputError, InputErrors, to_line
 from pss_composer.schedules import SCHEDULES
 from pss_composer.training.recipe import Recipe, check_group, describe_unknown
 from pss_composer.training.rules import check_recipe
@@ -45,7 +45,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except OmegaConfBaseException as error:
             errors.append(InputError(f"has a value of the wrong type or form: {str(error).splitlines()[0]}", key=key))
     wrong = {error.key for error in errors}
-    missing = OmegaConf.missing_keys(recipe)
+    try:
+        missing = OmegaConf.missing_keys(recipe)
+    except OmegaConfBaseException as error:
+        raise InputErrors(errors or [_describe_interpolation(error)]) from error
     errors += [InputError(f"must be set, in {path} or as {key}=VALUE", key=key) for key in sorted(missing)
                if key not in wrong and key.split(".")[0] not in wrong]
     if missing:
@@ -65,8 +68,12 @@ def _to_recipe(recipe: DictConfig) -> Recipe:
         OmegaConf.resolve(recipe)
         return typing.cast(Recipe, OmegaConf.to_object(recipe))
     except OmegaConfBaseException as error:
-        raise InputError(f"has an interpolation that leads nowhere: {str(error).splitlines()[0]}",
-                         key=error.full_key or "recipe") from error
+        raise _describe_interpolation(error) from error
+
+
+def _describe_interpolation(error: OmegaConfBaseException) -> InputError:
+    return InputError(f"has an interpolation that leads nowhere: {str(error).splitlines()[0]}",
+                      key=error.full_key or "recipe")
 
 
 def find_recipe(path: str | Path) -> Path:

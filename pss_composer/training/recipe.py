@@ -28,6 +28,7 @@ SAMPLERS = ("magnitude", "l2_magnitude", "random", "stratified")
 PARALLELISMS = ("ddp", "fsdp", "fsdp2")
 PRECISIONS = ("fp32", "amp_fp16", "amp_bf16")
 DEVICES = ("cpu", "gpu")
+MAX_BATCH_SIZE = 2**20  # streaming rounds an epoch up to whole batches, in memory
 RUN_NAME = re.compile(r"[^/\\\0]+")
 
 
@@ -242,12 +243,15 @@ class Recipe:
             self,
             ("run_name", RUN_NAME.fullmatch(self.run_name) is not None and self.run_name not in (".", ".."),
              "must be a name without separators"),
+            ("save_folder", "://" not in self.save_folder, "must be a folder of this machine"),
             ("seed", 0 <= self.seed < 2**32, "must be in [0, 2^32)"),
             ("device", self.device in (None, *DEVICES), f"must be one of null, {', '.join(DEVICES)}"),
             ("parallelism", self.parallelism in PARALLELISMS, f"must be one of {', '.join(PARALLELISMS)}"),
             ("precision", self.precision in (None, *PRECISIONS), f"must be one of null, {', '.join(PRECISIONS)}"),
             *((name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
               for name in ("train_batch_size", "eval_batch_size", "microbatch_size")),
+            *((name, getattr(self, name) <= MAX_BATCH_SIZE, f"must be at most {MAX_BATCH_SIZE}")
+              for name in ("train_batch_size", "eval_batch_size")),
             ("microbatch_size", self.microbatch_size is None or self.microbatch_size <= self.train_batch_size,
              f"must be at most train_batch_size={self.train_batch_size}"),
             ("label_smoothing", 0 <= self.label_smoothing <= 1, "must be in [0, 1]"),
