@@ -65,7 +65,7 @@ class ViTShape:
         }
         errors = find_broken(
             self,
-            ("image_size", self.image_size % self.patch_size == 0, 
+            ("image_size", self.image_size % self.patch_size == 0,
              f"must be divisible by patch_size={self.patch_size}"),
             *((name, number <= MAX_WEIGHTS, f"must make a ViT of at most {MAX_WEIGHTS:.0e} weights")
               for name, number in num_weights.items()),
