@@ -1,13 +1,15 @@
 """Which patch tokens stay: samplers, the gather, and the module in a model's slot.
 
 A sampler is a function `(tokens, k) -> keep_indices` from patch tokens (B, N, C), without prefix tokens, to the
-int64 indices (B, k) of those that stay, each at most once per image, in any order.
+int64 indices (B, k) of those that stay, each at most once per image, in any order. A ViT that pads images to a common
+length also passes `is_patch` (B, N), False for padding, which stays only where an image has fewer than k patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +17,28 @@ from torch import Tensor, nn
 from pss_composer.errors import InputError
 from pss_composer.schedules import check_keep_rate
 
-Sampler = Callable[[Tensor, int], Tensor]
+Sampler = Callable[..., Tensor]
 
 
-def sample_by_magnitude(tokens: Tensor, k: int) -> Tensor:
+def sample_by_magnitude(tokens: Tensor, k: int, is_patch: Tensor | None = None) -> Tensor:
     """The k tokens with the largest L1 norm over channels: the paper's sampler."""
-    return tokens.abs().sum(dim=-1, dtype=torch.float32).topk(k, sorted=False).indices
+    return _select(tokens.abs().sum(dim=-1, dtype=torch.float32), k, is_patch)
 
 
-def sample_by_l2_magnitude(tokens: Tensor, k: int) -> Tensor:
+def sample_by_l2_magnitude(tokens: Tensor, k: int, is_patch: Tensor | None = None) -> Tensor:
     """The k tokens with the largest L2 norm over channels."""
-    return tokens.float().square().sum(dim=-1).topk(k, sorted=False).indices
+    return _select(tokens.float().square().sum(dim=-1), k, is_patch)
 
 
-def sample_at_random(tokens: Tensor, k: int) -> Tensor:
+def sample_at_random(tokens: Tensor, k: int, is_patch: Tensor | None = None) -> Tensor:
     """A fresh random set of k tokens for every image, from the global generator of the tokens' device."""
-    scores = torch.rand(tokens.shape[:2], device=tokens.device)
+    return _select(torch.rand(tokens.shape[:2], device=tokens.device), k, is_patch)
+
+
+def _select(scores: Tensor, k: int, is_patch: Tensor | None) -> Tensor:
+    """The places of the k largest scores, (B, k); scores are at least 0."""
+    if is_patch is not None:
+        scores = scores.masked_fill(~is_patch, -1.0)
     return scores.topk(k, sorted=False).indices
 
 
@@ -112,6 +120,7 @@ class PatchSampler(nn.Module):
         keep_indices: Patch tokens kept in the last forward pass, (B, k) int64 with the prefix excluded; None when
             every token was kept.
         num_tokens: Tokens that left the last forward pass, prefix included; None before the first.
+        edits: What `surgery` changed in the model, (module, attribute, value before).
 
     Raises:
         ValueError: Unknown sampler, or a keep rate outside (0, 1].
@@ -129,6 +138,7 @@ class PatchSampler(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.keep_indices: Tensor | None = None
         self.num_tokens: int | None = None
+        self.edits: list[tuple[nn.Module, str, Any]] = []
         self.configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
 
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
@@ -164,8 +174,13 @@ class PatchSampler(nn.Module):
         finally:
             self.eval_keep_rate = before
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From tokens (B, P + N, C), P of them prefix tokens, to (B, P + k, C)."""
+    def forward(self, tokens: Tensor, is_patch: Tensor | None = None) -> Tensor:
+        """From tokens (B, P + N, C), P of them prefix tokens, to (B, P + k, C).
+
+        Args:
+            tokens: The tokens.
+            is_patch: (B, N) bool, False for padding; None where every image has N patches.
+        """
         num_prefix_tokens = self.num_prefix_tokens
         num_patches = tokens.shape[1] - num_prefix_tokens
         keep_rate = self._keep_rate if self.training else self._eval_keep_rate
@@ -174,7 +189,8 @@ class PatchSampler(nn.Module):
         if k == num_patches:
             self.keep_indices = None
             return tokens
-        keep_indices = self._sample(tokens[:, num_prefix_tokens:].detach(), k)
+        patch_tokens = tokens[:, num_prefix_tokens:].detach()
+        keep_indices = self._sample(patch_tokens, k) if is_patch is None else self._sample(patch_tokens, k, is_patch)
         if keep_indices.shape != (tokens.shape[0], k):
             raise ValueError(f"sampler must return keep_indices of shape {(tokens.shape[0], k)}, "
                              f"got {tuple(keep_indices.shape)}")

@@ -6,22 +6,23 @@ after other forward passes; it then passes the same argument, so that the block 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
-from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
+from timm.models.beit import Beit, gen_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
+from pss_composer.surgery.adapters import Adapter
+from pss_composer.surgery.edits import Extension, extend, put
 
 
 def fit_vision_transformer(vit: VisionTransformer, sampler: PatchSampler) -> None:
     """ViT, DeiT, distilled DeiT, DeiT-III, CLIP, SigLIP, ...: timm's own place for dropping patches."""
     if not isinstance(vit.patch_drop, nn.Identity):
         raise InputError(f"must be 0 under patch sampling, got {vit.patch_drop}", key="patch_drop_rate")
-    vit.register_module("patch_drop", sampler)
+    put(sampler, vit, "patch_drop", sampler)
 
 
 def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
@@ -30,20 +31,25 @@ def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
     has_bias_per_block = attentions[0].relative_position_bias_table is not None
     if has_bias_per_block and beit.rel_pos_bias is not None:
         raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
-    beit.register_module("pos_drop", nn.Sequential(beit.pos_drop, sampler))
+    put(sampler, beit, "pos_drop", nn.Sequential(beit.pos_drop, sampler))
     if has_bias_per_block:
         # Beit calls its shared bias behind pos_drop and hands the result to every block
-        beit.rel_pos_bias = KeptPairs(sampler, attentions[0])
+        put(sampler, beit, "rel_pos_bias", KeptPairs(sampler, attentions[0]))
         for attention in attentions:
-            attention.__class__ = SampledAttention
+            extend(sampler, attention, BiasOfBlock)
+            put(sampler, attention, "pairs", None)
     elif beit.rel_pos_bias is not None:
-        beit.rel_pos_bias.__class__ = SampledRelativePositionBias
-        beit.rel_pos_bias.kept_pairs = KeptPairs(sampler, beit.rel_pos_bias)
+        extend(sampler, beit.rel_pos_bias, SharedBias)
+        put(sampler, beit.rel_pos_bias, "kept_pairs", KeptPairs(sampler, beit.rel_pos_bias))
 
 
-ADAPTERS: dict[type[nn.Module], Callable[[Any, PatchSampler], None]] = {
-    VisionTransformer: fit_vision_transformer,
-    Beit: fit_beit,
+def _num_prefix_tokens(vit: Any) -> int:
+    return cast(int, vit.num_prefix_tokens)
+
+
+ADAPTERS = {
+    "VisionTransformer": Adapter(fit_vision_transformer, _num_prefix_tokens),
+    "Beit": Adapter(fit_beit, _num_prefix_tokens),
 }
 
 
@@ -57,7 +63,7 @@ class KeptPairs(nn.Module):
 
     relative_position_index: Tensor
 
-    def __init__(self, sampler: PatchSampler, bias: Attention | RelativePositionBias) -> None:
+    def __init__(self, sampler: PatchSampler, bias: nn.Module) -> None:
         super().__init__()
         self.sampler = sampler
         index = cast(Tensor, bias.relative_position_index)
@@ -77,26 +83,30 @@ class KeptPairs(nn.Module):
         return rows.gather(2, positions.unsqueeze(1).expand(-1, positions.shape[1], -1))
 
 
-class SampledAttention(Attention):
+class BiasOfBlock(Extension):
     """Beit's attention with its bias at the kept pairs, which come in as the argument for a shared bias."""
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        self._pairs = shared_rel_pos_bias
+    relative_position_bias_table: Tensor
+    pairs: Tensor | None
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Any:
+        self.pairs = shared_rel_pos_bias
         return super().forward(x)
 
-    def _get_rel_pos_bias(self) -> Tensor:
-        pairs, self._pairs = self._pairs, None
+    def _get_rel_pos_bias(self) -> Any:
+        pairs, self.pairs = self.pairs, None
         if pairs is None:
             return super()._get_rel_pos_bias()
         return gather_bias(self.relative_position_bias_table, pairs)
 
 
-class SampledRelativePositionBias(RelativePositionBias):
+class SharedBias(Extension):
     """Beit's shared bias at the kept pairs."""
 
     kept_pairs: KeptPairs
+    relative_position_bias_table: Tensor
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Any:
         pairs = self.kept_pairs()
         if pairs is None:
             return super().forward()

@@ -1,0 +1,80 @@
+"""Changes to a model that can be taken back: a module in a slot, and a class that adds to a module's own.
+
+A sampler keeps the list of its changes (`PatchSampler.edits`), so that copies and pickles of a model have theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pss_composer.sampling import PatchSampler
+
+
+class Missing:
+    """Stands for the value of an attribute that was not there."""
+
+
+def put(sampler: PatchSampler, owner: nn.Module, name: str, value: object) -> None:
+    """Set `owner.name`, most often to a module; `undo_edits` sets it back."""
+    sampler.edits.append((owner, name, getattr(owner, name, Missing)))
+    setattr(owner, name, value)
+
+
+def extend(sampler: PatchSampler, module: nn.Module, mixin: type[Extension]) -> None:
+    """Let a module's class inherit from a mixin first and from its own class second; `undo_edits` takes it back.
+
+    Args:
+        sampler: The sampler whose change it is.
+        module: A module of the model.
+        mixin: Its methods call `super()` for the module's own.
+    """
+    sampler.edits.append((module, "__class__", type(module)))
+    module.__class__ = _extend_class(mixin, type(module))
+
+
+def sample_output(sampler: PatchSampler, module: nn.Module) -> None:
+    """Send a module's output, tokens (B, P + N, C), through the sampler; for ViTs without a slot of their own."""
+    extend(sampler, module, SampledOutput)
+    put(sampler, module, "patch_sampler", sampler)
+
+
+def undo_edits(sampler: PatchSampler) -> None:
+    """Make the model what it was before the sampler came into it."""
+    for owner, name, before in reversed(sampler.edits):
+        if before is Missing or (name in owner._modules and not isinstance(before, nn.Module)):
+            delattr(owner, name)  # None, say, was no module
+        if before is not Missing:
+            setattr(owner, name, before)
+    sampler.edits.clear()
+
+
+class Extension(nn.Module):
+    """Base of the mixins for `extend`: a class made at run time that copies and pickles all the same."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _build_extended, type(self).__bases__, self.__dict__
+
+
+class SampledOutput(Extension):
+    """A module whose output goes through its `patch_sampler`."""
+
+    patch_sampler: PatchSampler
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.patch_sampler(super().forward(*args, **kwargs))
+
+
+_extended: dict[tuple[Any, Any], Any] = {}
+
+
+def _extend_class(mixin: Any, base: Any) -> Any:
+    if (mixin, base) not in _extended:
+        _extended[mixin, base] = type(f"Sampled{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    return _extended[mixin, base]
+
+
+def _build_extended(mixin: Any, base: Any) -> Any:
+    extended = _extend_class(mixin, base)
+    return extended.__new__(extended)

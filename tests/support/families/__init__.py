@@ -1,0 +1,1 @@
+"""Small models of every family that patch sampling knows, a module a library."""
