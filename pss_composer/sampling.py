@@ -7,6 +7,7 @@ length also passes `is_patch` (B, N), False for padding, which stays only where 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,14 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
         f"must be one of {', '.join(SAMPLERS)} or a function (tokens, k) -> keep_indices, got {sampler!r}",
         key="sampler",
     )
+
+
+def _takes_is_patch(sampler: Sampler) -> bool:
+    try:
+        inspect.signature(sampler).bind(None, None, is_patch=None)
+    except (TypeError, ValueError):  # no such argument, or no signature at all
+        return False
+    return True
 
 
 def describe(setting: object) -> str:
@@ -144,6 +153,7 @@ class PatchSampler(nn.Module):
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
         """Set the sampler and both keep rates, as the constructor does."""
         self._sample = resolve_sampler(sampler)
+        self._takes_is_patch = _takes_is_patch(self._sample)
         self.sampler = sampler
         self.keep_rate = keep_rate
         self.eval_keep_rate = eval_keep_rate
@@ -174,6 +184,11 @@ class PatchSampler(nn.Module):
         finally:
             self.eval_keep_rate = before
 
+    @property
+    def current_keep_rate(self) -> float:
+        """The keep rate of the mode that the module is in: training, or evaluation."""
+        return self._keep_rate if self.training else self._eval_keep_rate
+
     def forward(self, tokens: Tensor, is_patch: Tensor | None = None) -> Tensor:
         """From tokens (B, P + N, C), P of them prefix tokens, to (B, P + k, C).
 
@@ -181,21 +196,35 @@ class PatchSampler(nn.Module):
             tokens: The tokens.
             is_patch: (B, N) bool, False for padding; None where every image has N patches.
         """
-        num_prefix_tokens = self.num_prefix_tokens
-        num_patches = tokens.shape[1] - num_prefix_tokens
-        keep_rate = self._keep_rate if self.training else self._eval_keep_rate
-        k = num_keep(keep_rate, num_patches, num_prefix_tokens)
-        self.num_tokens = num_prefix_tokens + k
+        keep_indices = self.select(tokens.detach()[:, self.num_prefix_tokens:], is_patch)
+        return tokens if keep_indices is None else gather_tokens(tokens, self._to_positions(keep_indices))
+
+    def select(self, patch_tokens: Tensor, is_patch: Tensor | None = None) -> Tensor | None:
+        """Which of the patch tokens (B, N, C) stay, for a ViT whose prefix tokens come later.
+
+        Returns:
+            `keep_indices`, (B, k), or None where all tokens stay.
+
+        Raises:
+            ValueError: The sampler returned another shape, or takes no `is_patch` and the images are padded.
+        """
+        B, num_patches, _ = patch_tokens.shape
+        k = num_keep(self.current_keep_rate, num_patches, self.num_prefix_tokens)
+        self.num_tokens = self.num_prefix_tokens + k
+        self.keep_indices = None
         if k == num_patches:
-            self.keep_indices = None
-            return tokens
-        patch_tokens = tokens[:, num_prefix_tokens:].detach()
-        keep_indices = self._sample(patch_tokens, k) if is_patch is None else self._sample(patch_tokens, k, is_patch)
-        if keep_indices.shape != (tokens.shape[0], k):
-            raise ValueError(f"sampler must return keep_indices of shape {(tokens.shape[0], k)}, "
-                             f"got {tuple(keep_indices.shape)}")
+            return None
+        if is_patch is None:
+            keep_indices = self._sample(patch_tokens.detach(), k)
+        elif self._takes_is_patch:
+            keep_indices = self._sample(patch_tokens.detach(), k, is_patch=is_patch)
+        else:
+            raise InputError("must take is_patch (B, N) for images with padding, as in (tokens, k, is_patch=None), "
+                             f"got {describe(self.sampler)}", key="sampler")
+        if keep_indices.shape != (B, k):
+            raise ValueError(f"sampler must return keep_indices of shape {(B, k)}, got {tuple(keep_indices.shape)}")
         self.keep_indices = keep_indices
-        return gather_tokens(tokens, self._to_positions(keep_indices))
+        return keep_indices
 
     def kept_positions(self) -> Tensor | None:
         """Positions of the kept tokens in the input of the last forward pass: (B, P + k), or None if all were kept."""
