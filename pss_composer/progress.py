@@ -22,9 +22,13 @@ def parse_time(time: str) -> tuple[float, str]:
         ValueError: Not a time string in these units.
     """
     match = TIME_STRING.fullmatch(time) if isinstance(time, str) else None
-    if match is None:
+    try:
+        value = float(match[1]) if match else None
+    except ValueError:
+        value = None
+    if match is None or value is None:
         raise ValueError(f"{time!r} is not a time string in {', '.join(UNITS)}")
-    value, unit = float(match[1]), match[2].lower()
+    unit = match[2].lower()
     if not math.isfinite(value) or (unit != "dur" and not value.is_integer()):
         raise ValueError(f"{time!r} must be a finite number of {unit}, and a whole one but for dur")
     return value, unit
@@ -59,15 +63,20 @@ class Progress(float):
 
     Args:
         batch: Batches trained so far, counted from the start of training.
-        total_batches: Batches in the whole of training.
+        total_batches: Batches in the whole of training, at least 1.
         batches_per_epoch: Batches in one epoch; None when the data has no length.
-        samples_per_batch: Samples in one (global) batch; None when it is not known.
+        samples_per_batch: Samples in one full (global) batch; None when it is not known.
+        samples_per_epoch: Samples in one epoch, where its last batch may not be full; None when all batches are full.
+
+    Raises:
+        InputError: Training has no batches.
     """
 
     batch: int
     total_batches: int
     batches_per_epoch: int | None
     samples_per_batch: int | None
+    samples_per_epoch: int | None
 
     def __new__(
         cls,
@@ -75,18 +84,24 @@ class Progress(float):
         total_batches: int,
         batches_per_epoch: int | None = None,
         samples_per_batch: int | None = None,
+        samples_per_epoch: int | None = None,
     ) -> Progress:
-        # an incomplete last batch may make training longer than total_batches by one
+        if total_batches < 1:
+            raise InputError(f"must be at least 1, got {total_batches}", key="total_batches")
+        # batches that are not full may make training longer than total_batches
         progress = super().__new__(cls, min(batch / total_batches, 1.0))
         progress.batch = batch
         progress.total_batches = total_batches
         progress.batches_per_epoch = batches_per_epoch
         progress.samples_per_batch = samples_per_batch
+        progress.samples_per_epoch = samples_per_epoch
         return progress
 
     def num_batches(self, time: str) -> float:
         """How many batches a time string like `1ep`, `500ba`, `4096sp` or `0.1dur` lasts."""
-        return count_batches(time, self.batches_per_epoch, self.samples_per_batch, self.total_batches)
+        return count_batches(
+            time, self.batches_per_epoch, self.samples_per_batch, self.total_batches, self.samples_per_epoch
+        )
 
 
 def count_batches(
@@ -94,23 +109,27 @@ def count_batches(
     batches_per_epoch: int | None = None,
     samples_per_batch: int | None = None,
     total_batches: float | None = None,
+    samples_per_epoch: int | None = None,
 ) -> float:
-    """How many batches a time string lasts; the arguments are those of `Progress`.
+    """How many batches a time string lasts from the start of training; the arguments are those of `Progress`.
+
+    Samples are counted by whole epochs and full batches: with 14 samples in batches of 4, `14sp` lasts 4 batches,
+    `140sp` 40, and `18sp` 5. Without `samples_per_epoch` every batch counts as full.
 
     Raises:
         ValueError: A unit other than ep, ba, sp or dur, or one whose length in batches is not given.
     """
-    lengths = {
-        "ep": batches_per_epoch,
-        "ba": 1,
-        "sp": 1 / samples_per_batch if samples_per_batch else None,
-        "dur": total_batches,
-    }
-    match = TIME_STRING.fullmatch(time)
-    length = lengths[match[2].lower()] if match else None
-    if match and float(match[1]) == 0:
+    lengths = {"ep": batches_per_epoch, "ba": 1, "sp": samples_per_batch, "dur": total_batches}
+    value, unit = parse_time(time) if TIME_STRING.fullmatch(time) else (math.nan, "")
+    if value == 0:
         return 0  # in any unit, also if an epoch has no length
-    if length is None:
+    length = lengths.get(unit)
+    if not length:
         raise ValueError(f"{time!r} cannot be counted in batches: under a patch sampling schedule, ep needs a data "
                          "loader with a length, sp a batch size, and tok, sec and iter cannot be used")
-    return parse_time(time)[0] * length
+    if unit != "sp":
+        return value * length
+    if not samples_per_epoch or not batches_per_epoch:
+        return value / length
+    num_epochs, rest = divmod(value, samples_per_epoch)
+    return num_epochs * batches_per_epoch + rest / length
