@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pss_composer.errors import InputError
 
@@ -67,6 +67,8 @@ class Progress(float):
         batches_per_epoch: Batches in one epoch; None when the data has no length.
         samples_per_batch: Samples in one full (global) batch; None when it is not known.
         samples_per_epoch: Samples in one epoch, where its last batch may not be full; None when all batches are full.
+        offsets: For `ep` and `sp`, how many batches later this epoch began than it would have if all were like it;
+            None where they were.
 
     Raises:
         InputError: Training has no batches.
@@ -77,6 +79,7 @@ class Progress(float):
     batches_per_epoch: int | None
     samples_per_batch: int | None
     samples_per_epoch: int | None
+    offsets: Mapping[str, float]
 
     def __new__(
         cls,
@@ -85,6 +88,7 @@ class Progress(float):
         batches_per_epoch: int | None = None,
         samples_per_batch: int | None = None,
         samples_per_epoch: int | None = None,
+        offsets: Mapping[str, float] | None = None,
     ) -> Progress:
         if total_batches < 1:
             raise InputError(f"must be at least 1, got {total_batches}", key="total_batches")
@@ -95,6 +99,7 @@ class Progress(float):
         progress.batches_per_epoch = batches_per_epoch
         progress.samples_per_batch = samples_per_batch
         progress.samples_per_epoch = samples_per_epoch
+        progress.offsets = offsets or {}
         return progress
 
     def num_batches(self, time: str) -> float:
@@ -102,6 +107,14 @@ class Progress(float):
         return count_batches(
             time, self.batches_per_epoch, self.samples_per_batch, self.total_batches, self.samples_per_epoch
         )
+
+    def num_elapsed(self, time: str) -> float:
+        """Batches trained so far, to compare with the `num_batches` of this time string.
+
+        In epochs and samples this counts earlier epochs as if they had been like this one. So a period of `1ep` begins
+        with an epoch also after one of another length: where training goes on with another loader, say.
+        """
+        return self.batch - self.offsets.get(parse_time(time)[1], 0)
 
 
 def count_batches(
