@@ -36,7 +36,7 @@ def masked_logits(name, model, inputs, keep_indices):
         (torch.arange(num_prefix).expand(len(keep_indices), -1), keep_indices + num_prefix), dim=1
     )
     is_hidden = torch.ones(len(keep_indices), num_tokens, dtype=torch.bool).scatter(1, positions, False)
-    with hiding_tokens(is_hidden):
+    with hiding_tokens(is_hidden), family.hide(model, is_hidden):
         tokens = family.tokens(model, inputs)
     kept = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
     return family.head(model, kept)

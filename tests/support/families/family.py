@@ -1,6 +1,7 @@
 """What the tests of surgery need to know about a model."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Family:
         has_bias: Whether its blocks need to know the positions of the kept tokens.
         blocks: Dotted name of the list of blocks.
         checkpoint: Turns on the library's own activation checkpointing; None if there is none.
+        hide: (model, is_hidden (B, T) bool) -> a context in which attention that is not PyTorch's own
+            (`scaled_dot_product_attention`) sees no hidden token; for the oracle.
         unused: Names of parameters that get no gradient in the untouched model either.
     """
 
@@ -38,4 +41,5 @@ class Family:
     has_bias: bool = False
     blocks: str = "blocks"
     checkpoint: Callable[[nn.Module], Any] | None = None
+    hide: Callable[[nn.Module, torch.Tensor], AbstractContextManager] = lambda model, is_hidden: nullcontext()
     unused: frozenset[str] = frozenset()
