@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
 
 
@@ -66,12 +67,36 @@ class SampledOutput(Extension):
         return self.patch_sampler(super().forward(*args, **kwargs))
 
 
+class WholeGrid(Extension):
+    """A ViT whose `forward_intermediates` puts tokens onto their grid, (B, C, H, W), for which it needs all of them."""
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_fmt", "NCHW") == "NCHW":
+            require_all_tokens(self, "forward_intermediates puts all tokens onto their grid")
+        return super().forward_intermediates(*args, **kwargs)
+
+
+def require_all_tokens(vit: nn.Module, reason: str) -> None:
+    """Refuse what needs every token of a ViT.
+
+    Raises:
+        InputError: The ViT's sampler would drop tokens now.
+    """
+    for sampler in vit.modules():
+        if isinstance(sampler, PatchSampler):
+            key = "keep_rate" if sampler.training else "eval_keep_rate"
+            if getattr(sampler, key) < 1:
+                raise InputError(f"must be 1 here, since {reason}, got {getattr(sampler, key)}", key=key)
+
+
 _extended: dict[tuple[Any, Any], Any] = {}
 
 
 def _extend_class(mixin: Any, base: Any) -> Any:
     if (mixin, base) not in _extended:
-        _extended[mixin, base] = type(f"Sampled{base.__name__}", (mixin, base), {"__module__": base.__module__})
+        # under the old name: transformers writes a model's into its config.json, and FSDP looks for layers by theirs
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _extended[mixin, base] = type(base.__name__, (mixin, base), names)
     return _extended[mixin, base]
 
 
