@@ -4,12 +4,17 @@ A schedule is any callable that takes a `Progress` and returns a keep rate in (0
 training that stops and resumes sees the same keep rates, and every rank sees the same one. The schedules of the
 paper (McDanel & Huynh 2022, https://arxiv.org/abs/2208.09520) are `Cyclic`, `Linear`, `Cosine` and `Fixed`.
 
-Keep rates round as in the paper's code: on the *drop* rate 1 − ρ, to the nearest multiple of `step`, ties to even.
+Keep rates round as in the paper's code: on the *drop* rate 1 − ρ, to the nearest multiple of `step`, ties to even. So
+ρ may go above the larger of `start` and `end` by at most half a step; the smaller one stays its lower limit.
+
+Keep rates may be given, and returned by functions, as any real number: also as a scalar of NumPy or a tensor with a
+single value and no dimension. They are stored as Python floats.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,19 +26,44 @@ from pss_composer.progress import Progress, check_time, parse_time
 Schedule = Callable[[Progress], float]
 
 
-def check_keep_rate(value: float, key: str = "keep_rate") -> float:
-    """The value itself if it is a keep rate, a number in (0, 1].
+def check_keep_rate(value: object, key: str = "keep_rate") -> float:
+    """The value as a float if it is a keep rate, a real number in (0, 1].
 
     Raises:
         InputError: Outside (0, 1], or not a number.
     """
-    if not _is_number(value) or not 0.0 < value <= 1.0:
+    number = _to_float(value)
+    if not 0.0 < number <= 1.0:
         raise InputError(f"must be a number in (0, 1], got {value!r}", key=key)
-    return value
+    return number
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def check_schedule(schedule: object, key: str = "schedule") -> Schedule:
+    """The schedule itself, if it can be called with a `Progress`.
+
+    Raises:
+        InputError: A class of schedules, or something that cannot be called.
+    """
+    if isinstance(schedule, type):
+        name = schedule.__name__
+        raise InputError(f"must be a schedule or a function of training progress, got the class {name}: "
+                         f"an object of it is {name}()", key=key)
+    if not callable(schedule):
+        raise InputError(f"must be a schedule or a function of training progress, got {schedule!r}", key=key)
+    return schedule
+
+
+def _to_float(value: object) -> float:
+    """A finite real number as a float; NaN stands for everything else."""
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]    # of NumPy or torch, which are not imported here
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _drop_rate(keep_rate: float) -> float:
@@ -44,14 +74,19 @@ def _drop_rate(keep_rate: float) -> float:
 def _to_keep_rate(drop_rate: float, step: float | None) -> float:
     """The keep rate for an unrounded drop rate: clamped to [0, 1], rounded to multiples of `step`."""
     drop_rate = min(max(drop_rate, 0.0), 1.0)
-    if step is not None:
+    if step is not None and step > 1e-12:  # keep rates have twelve digits
         bins = 1 / step
         drop_rate = round(bins * drop_rate) / bins
     return round(1.0 - drop_rate, 12)
 
 
 def _interpolate(start: float, end: float, share: float) -> float:
-    return (1 - share) * start + share * end
+    return _clamp((1 - share) * start + share * end, start, end)
+
+
+def _clamp(value: float, start: float, end: float) -> float:
+    # floating point errors beyond an end would decide how an end halfway between two multiples of the step rounds
+    return min(max(value, min(start, end)), max(start, end))
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,7 @@ class Fixed:
     keep_rate: float = 0.6
 
     def __post_init__(self) -> None:
-        check_keep_rate(self.keep_rate)
+        object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
 
     def __call__(self, progress: Progress) -> float:
         return self.keep_rate
@@ -80,7 +115,9 @@ class Ramp(ABC):
         start: Keep rate at the start, above 0.
         end: Keep rate at the end, above 0. Above 1 is the paper's overshoot: ρ is capped at 1, and 1.1 gives ρ = 1.0
             the full share of batches that the other multiples of 0.2 get, where 1.0 gives it half.
-        step: 1 − ρ is rounded to multiples of this; None does not round.
+        step: 1 − ρ is rounded to multiples of this, in (0, 1]; None does not round. A `start` or `end` that would round
+            to a lower keep rate stays what it is: `start=0.2, step=0.3` gives ρ = 0.2, 0.4, 0.7 and 1. One that rounds
+            to a higher keep rate does so, as in the paper: `start=0.5, step=0.2` gives 0.6, 0.8 and 1.
         cooldown: Length of the last part of training, a time string in ep, ba, sp or dur.
     """
 
@@ -90,18 +127,22 @@ class Ramp(ABC):
     cooldown: str = "0ep"
 
     def __post_init__(self) -> None:
-        if self.step is not None and (not _is_number(self.step) or not 0.0 < self.step <= 1.0):
-            raise InputError(f"must be None or a number in (0, 1], got {self.step!r}", key="step")
+        if self.step is not None:
+            step = _to_float(self.step)
+            if not 0.0 < step <= 1.0:
+                raise InputError(f"must be None or a number in (0, 1], got {self.step!r}", key="step")
+            object.__setattr__(self, "step", step)
         for name in ("start", "end"):
             value = getattr(self, name)
-            if not _is_number(value) or value <= 0.0:
+            number = _to_float(value)
+            if not number > 0.0:
                 raise InputError(f"must be a keep rate above 0 (above 1 means overshoot), got {value!r}", key=name)
-            if _to_keep_rate(_drop_rate(value), self.step) <= 0.0:
-                raise InputError(f"must not round to 0 at step={self.step}, got {value!r}", key=name)
+            object.__setattr__(self, name, number)
         check_time(self.cooldown, "cooldown", is_zero_allowed=True)
 
     def __call__(self, progress: Progress) -> float:
-        return _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
+        keep_rate = _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
+        return max(keep_rate, min(self.start, self.end, 1.0))
 
     @abstractmethod
     def _unrounded_drop_rate(self, progress: Progress) -> float:
@@ -146,7 +187,8 @@ class Cosine(Ramp):
         ramp_batches = self._ramp_batches(progress)
         if progress.batch >= ramp_batches - 1:
             return end
-        return end + (start - end) * (1 + math.cos(math.pi * progress.batch / ramp_batches)) / 2
+        share_left = (1 + math.cos(math.pi * progress.batch / ramp_batches)) / 2
+        return _clamp(end + (start - end) * share_left, start, end)
 
 
 @dataclass(frozen=True)
@@ -174,7 +216,7 @@ class Cyclic(Ramp):
         if progress.batch >= self._ramp_batches(progress):
             return 0.0
         period = progress.num_batches(self.period)
-        batch = progress.batch % period
+        batch = progress.num_elapsed(self.period) % period
         # counted from the nearer end, with one division: so both halves of a cycle round alike
         share = 2 * min(batch, period - batch) / period
         return _interpolate(_drop_rate(self.start), _drop_rate(self.end), share)
@@ -195,12 +237,12 @@ class Piecewise:
     def __post_init__(self) -> None:
         rule = "must be pairs of a time string and a keep rate"
         try:
-            milestones = tuple((time, keep_rate) for time, keep_rate in self.milestones)
+            pairs = [(time, keep_rate) for time, keep_rate in self.milestones]
         except (TypeError, ValueError):
             raise InputError(f"{rule}, got {self.milestones!r}", key="milestones") from None
-        for time, keep_rate in milestones:
+        for time, _ in pairs:
             check_time(time, "milestones: each time", is_zero_allowed=True)
-            check_keep_rate(keep_rate, "milestones: each keep rate")
+        milestones = tuple((time, check_keep_rate(rate, "milestones: each keep rate")) for time, rate in pairs)
         if not milestones or parse_time(milestones[0][0])[0] != 0:
             raise InputError(f"{rule}, the first at time 0, got {self.milestones!r}", key="milestones")
         object.__setattr__(self, "milestones", milestones)
@@ -209,28 +251,51 @@ class Piecewise:
         starts = [progress.num_batches(time) for time, _ in self.milestones]
         if starts != sorted(starts):
             raise InputError(f"must stand in order of time, got {self.milestones!r}", key="milestones")
-        return [rate for start, (_, rate) in zip(starts, self.milestones, strict=True) if start <= progress.batch][-1]
+        return [
+            rate for start, (time, rate) in zip(starts, self.milestones, strict=True)
+            if start <= progress.num_elapsed(time)
+        ][-1]
 
 
 SCHEDULES: dict[str, type] = {schedule.name: schedule for schedule in (Fixed, Linear, Cosine, Cyclic, Piecewise)}
 
 
 def keep_rates(
-    schedule: Schedule, *, epochs: int, batches_per_epoch: int, samples_per_batch: int | None = None
+    schedule: Schedule,
+    *,
+    epochs: int,
+    batches_per_epoch: int,
+    samples_per_batch: int | None = None,
+    samples_per_epoch: int | None = None,
 ) -> list[float]:
     """The keep rate of every batch of a training run.
 
     Args:
         schedule: One of the schedules here or any function of a `Progress`.
-        epochs: Epochs of the run.
-        batches_per_epoch: Batches in one epoch.
-        samples_per_batch: Samples in one (global) batch, for schedules with times in samples.
+        epochs: Epochs of the run, at least 1.
+        batches_per_epoch: Batches in one epoch, at least 1.
+        samples_per_batch: Samples in one full (global) batch, for schedules with times in samples.
+        samples_per_epoch: Samples in one epoch, where its last batch is not full.
 
     Returns:
         `epochs * batches_per_epoch` keep rates in (0, 1].
+
+    Raises:
+        InputError: A bad argument, or a schedule that returns no keep rate.
     """
+    check_schedule(schedule)
+    counts = {"epochs": epochs, "batches_per_epoch": batches_per_epoch, "samples_per_batch": samples_per_batch,
+              "samples_per_epoch": samples_per_epoch}
+    for key, count in counts.items():
+        is_optional = key.startswith("samples")
+        is_whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+        if not (is_optional and count is None) and not (is_whole and count >= 1):
+            raise InputError(f"must be a whole number of at least 1, got {count!r}", key=key)
     total = epochs * batches_per_epoch
     return [
-        check_keep_rate(schedule(Progress(batch, total, batches_per_epoch, samples_per_batch)), "the schedule's result")
+        check_keep_rate(
+            schedule(Progress(batch, total, batches_per_epoch, samples_per_batch, samples_per_epoch)),
+            "the schedule's result",
+        )
         for batch in range(total)
     ]
