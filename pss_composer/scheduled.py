@@ -1,0 +1,85 @@
+"""What patch sampling is in every training loop: its settings, and a model's keep rate that follows training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from pss_composer.errors import InputError
+from pss_composer.progress import Progress
+from pss_composer.sampling import PatchSampler, Sampler
+from pss_composer.schedules import Cyclic, Schedule, check_keep_rate
+from pss_composer.surgery import apply_patch_sampling, find_samplers
+
+
+class ScheduledSampling:
+    """Base of the callbacks of all trainers: they say when, this class does what.
+
+    It holds no model and no counter, so one object serves several trainers.
+
+    Args:
+        schedule: Keep rate of each batch: one of `pss_composer.schedules`, or a function of a `Progress`. None is the
+            paper's cycle from 0.2 to 1 and back in every epoch.
+        sampler: Which tokens stay: `magnitude` (the paper's), `l2_magnitude`, `random`, or a function of the patch
+            tokens `(tokens (B, N, C), k) -> keep_indices (B, k)`.
+        eval_keep_rate: Keep rate of evaluation and prediction, in (0, 1].
+
+    Raises:
+        ValueError: A bad argument.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        *,
+        sampler: str | Sampler = "magnitude",
+        eval_keep_rate: float = 1.0,
+    ) -> None:
+        self.schedule = Cyclic() if schedule is None else schedule
+        if isinstance(schedule, type):
+            raise InputError(f"must be an object, like {schedule.__name__}(), got the class itself", key="schedule")
+        if not callable(self.schedule):
+            raise InputError(f"must be a schedule or a function of training progress, got {schedule!r}", key="schedule")
+        self.sampler = sampler
+        self.eval_keep_rate = eval_keep_rate
+        PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # so that a bad argument raises here, not in training
+
+    def apply_to(self, model: nn.Module) -> PatchSampler:
+        """Put a sampler into a model, or set up the one that is there; it keeps all tokens in training at first."""
+        return apply_patch_sampling(model, sampler=self.sampler, eval_keep_rate=self.eval_keep_rate)
+
+    def set_keep_rate(self, model: nn.Module, progress: Progress) -> None:
+        """Set the keep rate of the next batch."""
+        keep_rate = check_keep_rate(self.schedule(progress), "the schedule's result")
+        for patch_sampler in find_samplers(model):
+            patch_sampler.keep_rate = keep_rate
+
+
+def read_metrics(model: nn.Module) -> dict[str, float]:
+    """What the trainers log of the last forward pass; no tokens if it ran in copies of the model (`DataParallel`)."""
+    metrics: dict[str, float] = {}
+    for patch_sampler in find_samplers(model):
+        metrics["pss/keep_rate"] = float(patch_sampler.keep_rate)
+        if patch_sampler.num_tokens is not None:
+            metrics["pss/tokens"] = float(patch_sampler.num_tokens)
+    return metrics
+
+
+def count_samples(loader: object, num_batches: int | None) -> tuple[int | None, int | None]:
+    """The samples of a full batch and of an epoch on one rank; None where the loader does not know them.
+
+    Args:
+        loader: What training reads.
+        num_batches: Batches of an epoch; None when the data has no length.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return None, None
+    # an iterable dataset's length is the share of one rank
+    samples: Any = loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler
+    try:
+        num_samples = len(samples)
+    except TypeError:
+        return loader.batch_size, None
+    return loader.batch_size, None if num_batches is None else min(num_samples, num_batches * loader.batch_size)
