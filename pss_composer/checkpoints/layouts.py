@@ -42,7 +42,7 @@ class Weights:
     num_heads: int | None
 
 
-def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
+def read_weights(checkpoint: str | Path, *, ema: bool | None = None, is_of_library: bool = False) -> Weights:
     """Read the weights of a ViT from a file of any known layout.
 
     The known layouts are the pre-training and fine-tuning files of SimMIM and PSS, DeiT's, timm's, and this project's
@@ -52,6 +52,7 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
         checkpoint: A file, a folder of shards, or a run's folder.
         ema: True takes the moving averages of the weights, False the weights in training, None the model of the file.
             In a Composer checkpoint under EMA that model is the averages, which Composer also evaluates.
+        is_of_library: Whether the names are those of a library's model, and stay as they are.
 
     Raises:
         InputError: There is no such file, it is broken, it holds more than weights and settings, it has another
@@ -63,8 +64,8 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
     tensors: dict[str, Tensor] = {}
     dropped = []
     for original_name, tensor in state_dict.items():
-        name = timm_name(original_name)
-        if name.endswith("relative_position_index"):
+        name = original_name.removeprefix("module.") if is_of_library else timm_name(original_name)
+        if name.endswith("relative_position_index") and not is_of_library:
             dropped.append(original_name)
             continue
         if name in tensors:
@@ -72,7 +73,8 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None) -> Weights:
         if not tensor.isfinite().all():
             raise bad_checkpoint(checkpoint, "must hold finite weights", f"has NaN or infinity at {name}")
         # SimMIM's decoder is a 1 x 1 convolution, which is a linear layer
-        tensors[name] = tensor.flatten(1) if name == "decoder.weight" and tensor.ndim == 4 else tensor
+        is_decoder = name == "decoder.weight" and tensor.ndim == 4 and not is_of_library
+        tensors[name] = tensor.flatten(1) if is_decoder else tensor
     kind = "SimMIM pre-training" if "mask_token" in tensors else "ViT"
     container = {None: "a bare state dict", "state": "a Composer checkpoint"}.get(key, f"under {key!r}")
     return Weights(

@@ -17,6 +17,7 @@ from torch import Tensor
 from pss_composer.checkpoints.architecture import SHARED_TABLE
 from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
 from pss_composer.checkpoints.reading import bad_checkpoint
+from pss_composer.errors import to_line
 
 if TYPE_CHECKING:
     from composer.models import ComposerModel
@@ -54,7 +55,7 @@ class Transfer:
         }
         lines = []
         for title, names in account.items():
-            counts = Counter(re.sub(r"blocks\.\d+", "blocks.*", name) for name in names)
+            counts = Counter(re.sub(r"\b(blocks|layers?)\.(encoder_layer_)?\d+", r"\1.*", name) for name in names)
             shown = [f"{name} ({count} x)" if count > 1 else name for name, count in counts.items()]
             if names:
                 lines.append(f"{title}: {len(names)} ({', '.join(shown)})")
@@ -62,10 +63,11 @@ class Transfer:
 
 
 def load_pretrained(model: ComposerModel, checkpoint: str | Path) -> Transfer:
-    """Start one of this project's models from a checkpoint of any layout that `read_weights` knows.
+    """Start a model from a checkpoint of any layout that `read_weights` knows.
 
     SimMIM's shared bias table goes into every block; position embeddings and bias tables are interpolated to the
-    model's grid; the head of another task is left out. Every other weight has to be there and to fit.
+    model's grid; the head of another task is left out. Every other weight has to be there and to fit. A library's model
+    takes files of that library and of runs with it.
 
     Args:
         model: One of `models` or `pretraining`; it stays as it is if an error is raised.
@@ -77,7 +79,8 @@ def load_pretrained(model: ComposerModel, checkpoint: str | Path) -> Transfer:
     Raises:
         InputError: As in `read_weights`, or the weights are of another architecture.
     """
-    return _load(model, read_weights(checkpoint), checkpoint)
+    weights = read_weights(checkpoint, is_of_library=_is_of_library(model))
+    return _load(model, weights, checkpoint)
 
 
 def load_checkpoint(model: ComposerModel, checkpoint: str | Path) -> None:
@@ -90,24 +93,65 @@ def load_checkpoint(model: ComposerModel, checkpoint: str | Path) -> None:
     Raises:
         InputError: As in `read_weights`, or it is not a Composer checkpoint, or it is of another model.
     """
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, is_of_library=_is_of_library(model))
     if not weights.is_composer:
         raise bad_checkpoint(checkpoint, "must be Composer's", "is not: it can only be used as pretrained weights")
     _load(model, weights, checkpoint, is_same_model=True)
 
 
-def _load(model: ComposerModel, weights: Weights, path: str | Path, *, is_same_model: bool = False) -> Transfer:
-    targets = {timm_name(name): parameter for name, parameter in model.state_dict().items()}
-    vit: Any = model.vit
-    num_heads = vit.blocks[0].attn.num_heads
-    if weights.num_heads not in (None, num_heads):
-        raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has {weights.num_heads} heads, the model {num_heads}")
-    transfer = fit_weights(weights, targets, vit, path)
+def _is_of_library(model: Any) -> bool:
+    return hasattr(model, "convert_weights")  # `models.library`, which this room does not know
+
+
+def _load(model: Any, weights: Weights, path: str | Path, *, is_same_model: bool = False) -> Transfer:
+    if _is_of_library(model):
+        targets = {name.removeprefix("module."): weight for name, weight in model.state_dict().items()}
+        transfer = _fit_library_weights(weights, targets, model, path, is_same_model=is_same_model)
+    else:
+        targets = {timm_name(name): parameter for name, parameter in model.state_dict().items()}
+        num_heads = model.vit.blocks[0].attn.num_heads
+        if weights.num_heads not in (None, num_heads):
+            raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has {weights.num_heads} heads, the model {num_heads}")
+        transfer = fit_weights(weights, targets, model.vit, path)
     changed = [*transfer.interpolated, *transfer.copied, *transfer.initial, *transfer.dropped]
     if is_same_model and changed:
         raise bad_checkpoint(path, "must be of the same model", f"differs in {changed[0]}")
     for name, tensor in transfer.tensors.items():
         targets[name].copy_(tensor)  # what `state_dict` gives needs no gradient
+    return transfer
+
+
+def _fit_library_weights(
+    weights: Weights, targets: Mapping[str, Tensor], model: Any, path: str | Path, *, is_same_model: bool
+) -> Transfer:
+    """Fit weights to a library's model, by the library's own conversion; what it has no place for is dropped."""
+    sources = dict(weights.tensors)
+    if not is_same_model:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch's, about timm's memory layout
+                sources = dict(model.convert_weights(sources))
+        except Exception as error:  # the libraries take weights of another architecture for granted
+            raise bad_checkpoint(path, SAME_ARCHITECTURE, f"cannot be converted: {to_line(error)}") from error
+    transfer = Transfer()
+    for name, target in targets.items():
+        source = sources.pop(name, None)
+        if source is not None and source.shape == target.shape:
+            transfer.tensors[name] = source
+            before = weights.tensors.get(name, source)
+            if before.shape == source.shape:
+                transfer.loaded.append(name)
+            else:
+                transfer.interpolated.append(f"{name} {tuple(before.shape)} -> {tuple(source.shape)}")
+        elif model.is_head(name):
+            transfer.initial.append(name)
+            transfer.dropped += [] if source is None else [f"{name} {tuple(source.shape)}"]
+        elif source is None:
+            raise bad_checkpoint(path, SAME_ARCHITECTURE, f"has no {name}")
+        else:
+            raise bad_checkpoint(path, SAME_ARCHITECTURE,
+                                 f"has {tuple(source.shape)} at {name}, the model {tuple(target.shape)}")
+    transfer.dropped += sources
     return transfer
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
 from composer import Trainer
 from composer.core import Evaluator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,11 +42,11 @@ def evaluate_run(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[flo
     return metrics
 
 
-def count_flops(model: nn.Module, images: Tensor) -> int:
+def count_flops(model: Callable[[Tensor], object], images: Tensor) -> int:
     """FLOPs of a forward pass over a batch, by torch's counter.
 
     Args:
-        model: Any module that takes images.
+        model: Any module or function that takes images.
         images: (B, 3, H, W).
     """
     # the counter does not know the CPU's fused attention, but it does know the matrix products that it is made of
@@ -57,12 +57,12 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
 
 def flop_shares(run: Run, keep_rates: Sequence[float] = KEEP_RATES) -> dict[float, float]:
     """Keep rate -> FLOPs of a forward pass as a share of those at ρ = 1."""
-    vit, size = run.model.vit.eval(), run.recipe.model.image_size
-    images = torch.zeros(1, 3, size, size, device=next(vit.parameters()).device)
+    model, size = run.model.eval(), run.recipe.model.image_size
+    images = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     flops = {}
     for keep_rate in {1.0, *keep_rates}:
         with run.patch_sampler.evaluating_at(keep_rate):
-            flops[keep_rate] = count_flops(vit, images)
+            flops[keep_rate] = count_flops(lambda images: model((images, None)), images)
     return {keep_rate: flops[keep_rate] / flops[1.0] for keep_rate in keep_rates}
 
 

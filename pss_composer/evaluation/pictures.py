@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -119,23 +120,33 @@ def plot_kept_patches(
     data = build_data(run.recipe, "val")
     names = find_class_names(run, data)
     images, labels = _find_examples(data, min(num_images, run.recipe.model.num_classes))
-    vit: Any = run.model.vit.eval()
+    model = run.model.eval()
     pixels = _to_pixels(images, run.recipe.augmentation)
     tinted = 0.2 * pixels + 0.8 * TINT
+    device = next(model.parameters()).device
+    side = _count_patches(run, images[:1].to(device))
     rows = []
     for keep_rate in keep_rates:
         with run.patch_sampler.evaluating_at(keep_rate), torch.no_grad():
-            answers = vit(images.to(next(vit.parameters()).device)).argmax(dim=1).tolist()
+            answers = model((images.to(device), None)).argmax(dim=1).tolist()
         keep_indices = run.patch_sampler.keep_indices  # None where all stay
-        is_kept = torch.full((len(images), vit.patch_embed.num_patches), keep_indices is None)
+        is_kept = torch.full((len(images), side**2), keep_indices is None)
         if keep_indices is not None:
             is_kept.scatter_(1, keep_indices.cpu(), True)
-        is_kept = _spread(is_kept.view(-1, *vit.patch_embed.grid_size), run.recipe.model.patch_size)
+        is_kept = _spread(is_kept.view(-1, side, side), run.recipe.model.image_size // side)
         captions = [_caption(answer, label, names) for answer, label in zip(answers, labels, strict=True)]
         rows.append(_Row(f"ρ = {keep_rate}", torch.where(is_kept, pixels, tinted), captions))
     title = (f"{run.name}: the patches that stay ({run.patch_sampler.sampler} sampler), the others tinted. Below, the "
              "class that the model answers; where it is wrong, in red, with the true class.")
     _draw_tiles(rows, title, path)
+
+
+def _count_patches(run: Run, images: Tensor) -> int:
+    """The patches along a side of an image."""
+    with run.patch_sampler.evaluating_at(1.0), torch.no_grad():
+        run.model((images, None))
+    assert run.patch_sampler.num_tokens is not None  # a forward pass sets it
+    return math.isqrt(run.patch_sampler.num_tokens - run.patch_sampler.num_prefix_tokens)
 
 
 def plot_reconstruction(run: Run, path: str | Path, *, num_images: int = 10) -> None:

@@ -62,9 +62,13 @@ def load_run(folder: str | Path) -> Run:
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise InputError(f"must hold a recipe of this version, {path} is not one: {to_line(error)}",
                          key="run") from error
-    model = build_model(recipe.model)
-    # a run without PSS gets the paper's sampler, so that it can be compared at the same keep rates
-    patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
+    model = build_model(recipe.model, run_folder=folder)
+    try:
+        # a run without PSS gets the paper's sampler, so that it can be compared at the same keep rates
+        patch_sampler = apply_patch_sampling(model, sampler=build_sampler(recipe.pss) if recipe.pss else "magnitude")
+    except TypeError as error:
+        raise InputError(f"must be of a ViT that patch sampling fits into, {folder} is of {recipe.model.name}: "
+                         f"{to_line(error)}", key="run") from error
     load_checkpoint(model, folder / LATEST)
     return Run(recipe.run_name, folder, recipe, model, patch_sampler)
 

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
-from timm.models import beit, vision_transformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 
-def is_block(module: nn.Module) -> bool:
-    """Whether a module is a transformer block: the unit that FSDP shards and activation checkpointing recomputes."""
-    return isinstance(module, vision_transformer.Block | beit.Block)
+def find_blocks(vit: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The transformer blocks of a ViT: the largest `ModuleList` or `Sequential` of modules of one class.
+
+    Returns:
+        The dotted name of that list, and the blocks.
+
+    Raises:
+        ValueError: There is none.
+    """
+    stacks = [
+        (name, stack) for name, stack in vit.named_modules()
+        if isinstance(stack, nn.ModuleList | nn.Sequential) and len({type(block) for block in stack}) == 1
+    ]
+    if not stacks:
+        raise ValueError(f"{type(vit).__name__} has no list of blocks")
+    name, stack = max(stacks, key=lambda item: sum(weight.numel() for weight in item[1].parameters()))
+    return name, list(stack.children())
+
+
+def mark_blocks(vit: nn.Module) -> None:
+    """Tell Composer which modules FSDP shards and activation checkpointing recomputes: a ViT's blocks."""
+    _, blocks = find_blocks(vit)
+    is_block = partial(_is_of_class, type(blocks[0]))
+    # Composer looks for these at the children of a ComposerModel
+    for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
+        setattr(vit, name, is_block)
+
+
+def _is_of_class(block_class: type[nn.Module], module: nn.Module) -> bool:
+    return isinstance(module, block_class)
 
 
 class ViTClassifier(ComposerClassifier):
-    """A timm ViT with soft-target cross-entropy and top-1 and top-5 accuracy.
+    """A ViT with soft-target cross-entropy and top-1 and top-5 accuracy.
 
     Batches are pairs of images (B, 3, H, W) and labels, (B,) int64 or (B, classes) soft.
 
     Args:
-        vit: A timm ViT; it is `self.module`.
+        vit: A ViT, from images to logits (B, classes); it is `self.module`.
+        num_classes: Classes of its head; None takes timm's `vit.num_classes`.
     """
 
-    def __init__(self, vit: Any) -> None:
-        num_classes: int = vit.num_classes
+    def __init__(self, vit: Any, num_classes: int | None = None) -> None:
+        num_classes = vit.num_classes if num_classes is None else num_classes
         top1 = MulticlassAccuracy(num_classes, average="micro")
         top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         super().__init__(
@@ -38,14 +66,16 @@ class ViTClassifier(ComposerClassifier):
             # torch's own takes soft targets; Composer's soft_cross_entropy adds checks that wait for the GPU
             loss_fn=cross_entropy,
         )
-        # Composer looks for these at the children of a ComposerModel
-        vit.fsdp_wrap_fn = is_block
-        vit.activation_checkpointing_fn = is_block
+        mark_blocks(vit)
 
     @property
     def vit(self) -> Any:
-        """The timm ViT."""
+        """The ViT."""
         return self.module
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the activations of blocks in the backward pass, in the library's own way."""
+        self.vit.set_grad_checkpointing()
 
     def update_metric(self, batch: tuple[Tensor, Tensor], outputs: Tensor, metric: Metric) -> None:
         _, targets = batch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torchmetrics import MeanMetric, Metric
 
-from pss_composer.models.classifier import is_block
+from pss_composer.models.classifier import mark_blocks
 from pss_composer.models.shape import ViTShape
 from pss_composer.pretraining.stratified import StratifiedSampler
 from pss_composer.sampling import PatchSampler, gather_tokens
@@ -88,9 +88,7 @@ class SimMIM(ComposerModel):
         patch_embed.norm = MaskTokens(encoder.embed_dim)
         self.encoder = encoder
         self.decoder = nn.Linear(encoder.embed_dim, 3 * self.patch_size**2)
-        # Composer looks for these at the children of a ComposerModel
-        for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
-            setattr(encoder, name, is_block)
+        mark_blocks(encoder)
         self._masked_l1 = MeanMetric()
 
     @property

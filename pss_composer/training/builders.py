@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from composer.algorithms import GradientClipping, LabelSmoothing
 from composer.core import Algorithm, DataSpec
 from composer.models import ComposerModel
@@ -13,26 +15,71 @@ from composer.utils import FSDP2Config, FSDPConfig, dist
 from pss_composer.algorithm import PatchSamplingSchedule
 from pss_composer.checks import name_keys
 from pss_composer.data.dataspec import build_dataspec
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 from pss_composer.models.deit import DeiT
+from pss_composer.models.library import CONFIG_FILE, build_library_model
+from pss_composer.models.settings import ModelSettings
 from pss_composer.models.simmim import SimMIMClassifier
 from pss_composer.pretraining.masking import PatchMasking
 from pss_composer.pretraining.simmim import SimMIM, build_encoder
 from pss_composer.pretraining.stratified import StratifiedSampler
+from pss_composer.surgery import apply_patch_sampling, remove_patch_sampling
 from pss_composer.training.ema import EMA
 from pss_composer.training.mixing import MixUpCutMix
-from pss_composer.training.recipe import ModelSettings, PSSSettings, Recipe
+from pss_composer.training.recipe import PSSSettings, Recipe
 
 
-def build_model(settings: ModelSettings) -> ComposerModel:
-    """The model of a recipe, with its initial weights."""
+def build_model(settings: ModelSettings, *, run_folder: Path | None = None) -> ComposerModel:
+    """The model of a recipe, with its initial weights.
+
+    Args:
+        settings: A recipe's `model`.
+        run_folder: The folder of a run that has trained this model: its weights will come from there. None for a new
+            run, for which a library may download weights.
+
+    Raises:
+        InputError: A library does not know the model, or its arguments, or cannot give its weights.
+    """
+    if settings.library is not None:
+        if run_folder is not None and (run_folder / CONFIG_FILE).is_file():
+            settings = replace(settings, name=f"hf/{run_folder}")
+        with name_keys(lambda key: f"model.{key}"):
+            return build_library_model(settings, has_weights=run_folder is None)
     if settings.name == "simmim_pretrain":
-        return SimMIM(build_encoder(settings))
+        return SimMIM(build_encoder(settings.shape))
     if settings.name == "simmim":
-        return SimMIMClassifier(settings)
+        return SimMIMClassifier(settings.shape)
     return DeiT(
-        settings, is_distilled=settings.is_distilled, relative_position_bias=settings.relative_position_bias
+        settings.shape, is_distilled=settings.is_distilled, relative_position_bias=settings.relative_position_bias
     )
+
+
+def check_model(model: ComposerModel, recipe: Recipe) -> None:
+    """Check that patch sampling fits into the model of a recipe under PSS.
+
+    Raises:
+        InputError: It does not.
+    """
+    if recipe.pss is None:
+        return
+    try:
+        with name_keys(lambda key: f"model.arguments.{key}"):
+            apply_patch_sampling(model)
+    except TypeError as error:
+        raise InputError(f"must be a ViT that patch sampling fits into unless pss=null, got {recipe.model.name!r}: "
+                         f"{to_line(error)}", key="model.name") from error
+    finally:
+        remove_patch_sampling(model)
+
+
+def compare_normalization(model: ComposerModel, recipe: Recipe) -> str:
+    """A line that says so where pre-trained weights expect other means and standard deviations than the recipe's."""
+    expected, given = getattr(model, "normalization", None), recipe.augmentation
+    if expected is None or (np.allclose(expected.mean, given.mean, atol=1e-3)
+                            and np.allclose(expected.std, given.std, atol=1e-3)):
+        return ""
+    return (f"\n{recipe.model.name} was trained with augmentation.mean={[*expected.mean]} and augmentation.std="
+            f"{[*expected.std]}, the recipe has {[*given.mean]} and {[*given.std]}")
 
 
 def build_sampler(settings: PSSSettings) -> str | StratifiedSampler:

@@ -16,7 +16,6 @@ from composer.optim import (
 )
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from pss_composer.pretraining.simmim import SimMIM
 from pss_composer.progress import parse_time
 from pss_composer.training.recipe import OptimizerSettings, SchedulerSettings
 
@@ -29,10 +28,10 @@ def build_optimizer(model: ComposerModel, settings: OptimizerSettings, batch_siz
         settings: A recipe's `optimizer`.
         batch_size: The global one, for the linear scaling of the learning rate.
     """
-    # layer decay needs the layers of a bare ViT; in pre-training there is also the decoder
-    module: Any = model if isinstance(model, SimMIM) else model.module
+    # who knows what is exempt: the model itself, or a timm ViT in it
+    module: Any = model if hasattr(model, "no_weight_decay") else model.module
     lr = settings.lr * batch_size / (settings.lr_batch_size or batch_size)
-    exempt = module.no_weight_decay()
+    exempt = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
     if settings.layer_decay is None:
         groups = param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=exempt)
     else:

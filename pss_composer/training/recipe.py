@@ -17,12 +17,11 @@ from pss_composer.checks import collect_errors, find_broken, rename_keys
 from pss_composer.data.augmentation.settings import Augmentation
 from pss_composer.data.settings import DataSettings, free_on_resume
 from pss_composer.errors import InputError
-from pss_composer.models.shape import ViTShape
+from pss_composer.models.settings import ModelSettings
 from pss_composer.pretraining.settings import MaskingSettings
 from pss_composer.progress import check_time
 from pss_composer.schedules import SCHEDULES, Schedule, check_keep_rate
 
-MODELS = ("deit", "simmim", "simmim_pretrain")
 LR_SCHEDULES = ("cosine", "multistep")
 SAMPLERS = ("magnitude", "l2_magnitude", "random", "stratified")
 PARALLELISMS = ("ddp", "fsdp", "fsdp2")
@@ -30,32 +29,6 @@ PRECISIONS = ("fp32", "amp_fp16", "amp_bf16")
 DEVICES = ("cpu", "gpu")
 MAX_BATCH_SIZE = 2**20  # streaming rounds an epoch up to whole batches, in memory
 RUN_NAME = re.compile(r"[^/\\\0]+")
-
-
-@dataclass
-class ModelSettings(ViTShape):
-    """A model, its sizes, and the checkpoint that its weights come from.
-
-    Models: `models.deit.DeiT` (`name: deit`), `models.simmim.SimMIMClassifier` (`simmim`), `pretraining.simmim.SimMIM`
-    (`simmim_pretrain`).
-    """
-
-    name: str = MISSING
-    pretrained: str | None = None  # a file that `import-checkpoint` reads
-    is_distilled: bool = False  # of deit
-    relative_position_bias: bool = False  # of deit
-
-    def check(self) -> list[InputError]:
-        is_deit = self.name == "deit"
-        return super().check() + find_broken(
-            self,
-            ("name", self.name in MODELS, f"must be one of {', '.join(MODELS)}"),
-            ("is_distilled", is_deit or not self.is_distilled, f"must be false for model.name={self.name}"),
-            ("is_distilled", not (self.is_distilled and self.relative_position_bias),
-             "must be false with model.relative_position_bias=true"),
-            ("relative_position_bias", is_deit or not self.relative_position_bias,
-             f"must be false for model.name={self.name}"),
-        )
 
 
 @dataclass

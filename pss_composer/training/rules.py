@@ -37,7 +37,8 @@ def _check_pretraining(recipe: Recipe) -> list[InputError]:
     if erasing and not recipe.augmentation.is_plain:
         errors.append(InputError(f"must be 0 {rule}, which would learn to reconstruct the noise, got {erasing}",
                                  key="augmentation.random_erasing"))
-    misfits = recipe.masking.check_fit(2 * (recipe.model.image_size,), recipe.model.patch_size)
+    shape = recipe.model.shape
+    misfits = recipe.masking.check_fit(2 * (shape.image_size,), shape.patch_size)
     return errors + rename_keys(misfits, lambda key: f"masking.{key}")
 
 

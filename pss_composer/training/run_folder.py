@@ -11,10 +11,12 @@ from typing import Any
 
 from composer.utils import dist
 from omegaconf import OmegaConf
+from torch import nn
 
 from pss_composer.checks import raise_errors
 from pss_composer.errors import InputError
 from pss_composer.locks import OWNER_FILE, FolderLock
+from pss_composer.models.library import CONFIG_FILE
 from pss_composer.training.recipe import Recipe
 
 RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"
@@ -41,7 +43,7 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if all(path.name in (RECIPE_FILE, LOG_FILE, OWNER_FILE) for path in folder.iterdir()):
+        if all(path.name in (RECIPE_FILE, LOG_FILE, OWNER_FILE, CONFIG_FILE) for path in folder.iterdir()):
             for path in folder.iterdir():
                 path.unlink()
             for path in created:
@@ -78,10 +80,16 @@ def _find_differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={earlier!r}, got {value!r}"
 
 
-def write_recipe(recipe: Recipe) -> None:
-    """Save the recipe in the folder of its run, for `load_run` and a later `autoresume`; rank 0 writes."""
+def write_recipe(recipe: Recipe, model: nn.Module) -> None:
+    """Save the recipe in the folder of its run, for `load_run` and a later `autoresume`; rank 0 writes.
+
+    A model of transformers also has its configuration saved: nothing else says how it is built.
+    """
     if dist.get_global_rank() == 0:
         OmegaConf.save(OmegaConf.structured(recipe), Path(recipe.save_folder) / RECIPE_FILE)
+        if recipe.model.library == "hf":
+            module: Any = next(module for module in model.modules() if hasattr(module, "save_pretrained"))
+            module.config.save_pretrained(recipe.save_folder)
 
 
 def remove_torn_checkpoints(folder: Path) -> bool:

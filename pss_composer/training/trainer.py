@@ -32,6 +32,8 @@ from pss_composer.training.builders import (
     build_data,
     build_model,
     build_parallelism,
+    check_model,
+    compare_normalization,
     name_data_key,
 )
 from pss_composer.training.data_wait import DataWaitMonitor
@@ -59,10 +61,12 @@ def _build_trainer(recipe: Recipe, downloads: Path) -> Trainer:
     if recipe.deterministic:
         reproducibility.configure_deterministic_mode()
     reproducibility.seed_all(recipe.seed)  # every rank starts from the same weights
-    model = build_model(recipe.model)
-    load_path = _load_weights(model, recipe, downloads)
+    is_resumed = recipe.autoresume and (Path(recipe.save_folder) / LATEST).exists()
+    model = build_model(recipe.model, run_folder=Path(recipe.save_folder) if is_resumed else None)
+    check_model(model, recipe)
+    load_path = None if is_resumed else _load_weights(model, recipe, downloads)
     if recipe.activation_checkpointing and recipe.parallelism == "ddp":
-        model.vit.set_grad_checkpointing()
+        model.enable_activation_checkpointing()
     dist.initialize_dist(device)
     # `initialize_dist` has made this process's own GPU the current one, so "cuda" needs no number
     batch_device = "cuda" if device == "gpu" else "cpu"
@@ -117,7 +121,7 @@ def train(recipe: Recipe) -> Trainer:
         if is_at_end and not recipe.autoresume:
             raise InputError(f"must be of a run before max_duration={recipe.max_duration}, {recipe.load_path} is at "
                              "its end: set load_weights_only=true to start from its weights", key="load_path")
-        write_recipe(recipe)
+        write_recipe(recipe, trainer.state.model)
         try:
             if not is_at_end:
                 restore_generators(trainer)
@@ -183,8 +187,6 @@ def _reporting_full_disk(folder: Path) -> Iterator[None]:
 def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str | None:
     """Load `model.pretrained` into the model, and check that `load_path` is a checkpoint of this model.
 
-    A resumed run needs neither: Composer loads its last checkpoint.
-
     Args:
         model: The model with its initial weights.
         recipe: The recipe.
@@ -196,13 +198,13 @@ def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str 
     Raises:
         InputError: A file cannot be fetched or read, or is not of this model.
     """
-    if recipe.autoresume and (Path(recipe.save_folder) / LATEST).exists():
-        return None
-    if recipe.model.pretrained is not None:
-        with name_keys(lambda _: "model.pretrained"):
-            transfer = load_pretrained(model, recipe.model.pretrained)
+    if pretrained := recipe.model.pretrained:
+        account = getattr(model, "loaded", None)  # by a library, when it made the model
+        if account is None:
+            with name_keys(lambda _: "model.pretrained"):
+                account = load_pretrained(model, str(pretrained))
         if dist.get_global_rank() == 0:
-            print(f"model.pretrained={recipe.model.pretrained}\n{transfer}", flush=True)
+            print(f"model.pretrained={pretrained}\n{account}{compare_normalization(model, recipe)}", flush=True)
     if recipe.load_path is None:
         return None
     if "://" in recipe.load_path:

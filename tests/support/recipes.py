@@ -12,11 +12,33 @@ SMOKE = [
 ]
 
 
+# what a library calls the sizes of a model, and a small configuration of transformers
+LIBRARY = ["model.pretrained=null", "model.arguments.embed_dim=16", "model.arguments.depth=2",
+           "model.arguments.num_heads=2"]
+HF_CONFIG = {"model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+
+
 def smoke(name, folder, *overrides):
+    if name.startswith("finetune_"):
+        return smoke_library(name, folder, *overrides)
     # the ten epochs of cooldown are longer than two batches
     smaller = ["pss.schedule.cooldown=0ep"] if name.startswith("deit") and name.endswith("_pss") else []
     smaller += ["masking.unit=8"] if "_pretrain" in name else []
     return [str(YAMLS / f"{name}.yaml"), *SMOKE, *smaller, f"save_folder={folder}", *overrides]
+
+
+def smoke_library(name, folder, *overrides):
+    """The same for a recipe with a library's model; that of transformers is in the folder `hf` beside the run's."""
+    sizes = LIBRARY
+    if name == "finetune_huggingface_pss":
+        config = folder.parent / f"{folder.name}_hf" / "config.json"
+        config.parent.mkdir(exist_ok=True, parents=True)
+        config.write_text(json.dumps(HF_CONFIG))
+        sizes = [f"model.name=hf/{config.parent}", "model.pretrained=null"]
+    common = [override for override in SMOKE if override.split("=")[0] not in
+              ("model.embed_dim", "model.depth", "model.num_heads")]
+    return [str(YAMLS / f"{name}.yaml"), *common, *sizes, f"save_folder={folder}", *overrides]
 
 
 def read_log(folder):

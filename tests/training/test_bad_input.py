@@ -37,7 +37,8 @@ BAD_INPUT = {
     "cooldown": (["pss.schedule.cooldown=9ep"], "pss.schedule.cooldown must be no longer than training, got '9ep'"),
     "sampler": (["pss.sampler=best"], "pss.sampler must be one of magnitude, l2_magnitude, random, "
                 "stratified, got 'best'"),
-    "model": (["model.name=resnet50"], "model.name must be one of deit, simmim, simmim_pretrain, got 'resnet50'"),
+    "model": (["model.name=resnet50"], "model.name must be one of deit, simmim, simmim_pretrain, or timm/NAME, "
+              "hf/NAME, torchvision/NAME, got 'resnet50'"),
     "size": (["model.size=huge"], "model.size must be one of tiny, small, base, got 'huge'"),
     "image_size": (["model.image_size=33"], "model.image_size must be divisible by patch_size=4, got 33"),
     "no_data_folder": (["data.name=folder", "data.path={tmp}/none"], "data.path must"),

@@ -27,8 +27,9 @@ RECIPES = sorted(YAMLS.glob("*.yaml"))
 def test_all_recipes_are_there():
     assert [path.stem for path in RECIPES] == [
         "deit_small_224", "deit_small_224_pss", "deit_small_384", "deit_small_384_pss", "deit_small_rpb_224_pss",
-        "deit_small_rpb_384_pss", "digits", "digits_finetune_pss", "digits_pretrain", "digits_pss", "simmim_vitb",
-        "simmim_vitb_pretrain", "simmim_vitb_pretrain_pss", "simmim_vitb_pss",
+        "deit_small_rpb_384_pss", "digits", "digits_finetune_pss", "digits_pretrain", "digits_pss",
+        "finetune_dinov2_pss", "finetune_huggingface_pss", "finetune_timm_pss", "simmim_vitb", "simmim_vitb_pretrain",
+        "simmim_vitb_pretrain_pss", "simmim_vitb_pss",
     ]
 
 
