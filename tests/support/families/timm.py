@@ -127,7 +127,8 @@ FAMILIES = {
     "naflex_factorized": _naflex(0, pos_embed="factorized", pre_norm=True),
     "naflex_rope": _naflex(2, rope_type="axial", pos_embed="none", reg_tokens=2, global_pool="avg"),
     "naflex_rope_mixed": _naflex(0, rope_type="mixed", pos_embed="none", global_pool="max"),
-    "naflex_padded": _naflex(1, row=PADDED, reg_tokens=1, pos_embed_use_grid_sample=True, pos_embed_interp_mode="bilinear"),
+    "naflex_padded": _naflex(1, row=PADDED, reg_tokens=1, pos_embed_use_grid_sample=True,
+                             pos_embed_interp_mode="bilinear"),
     "naflex_padded_mean": _naflex(0, row=PADDED, pos_embed="none", global_pool="avgmax", use_key_only_attn_mask=True),
     "cait": _family(Cait, 0, row=CAIT),
 }
