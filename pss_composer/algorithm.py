@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from weakref import WeakKeyDictionary
 
-from composer.core import Algorithm, Event, State
+from composer.algorithms import NoOpModel
+from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from pss_composer.errors import InputError
 from pss_composer.progress import Progress, count_batches
-from pss_composer.sampling import PatchSampler, Sampler, describe
-from pss_composer.schedules import Cyclic, Schedule, check_keep_rate
-from pss_composer.surgery import apply_patch_sampling
+from pss_composer.sampling import PatchSampler, describe
+from pss_composer.scheduled import ScheduledSampling, count_samples, read_metrics
+from pss_composer.surgery import apply_patch_sampling, find_samplers
 
 log = logging.getLogger(__name__)
 
 
-class PatchSamplingSchedule(Algorithm):
+class PatchSamplingSchedule(ScheduledSampling, Algorithm):
     """Trains a ViT on a varying share of its patch tokens (McDanel & Huynh 2022, https://arxiv.org/abs/2208.09520).
 
-    Runs on `Event.INIT`, where it puts a `PatchSampler` into the model, and on `Event.BATCH_START`, where it sets
-    that batch's keep rate; all microbatches of a batch share it. On `Event.BATCH_END` it logs `pss/keep_rate` and
-    `pss/tokens`, the tokens of an image that the model's blocks saw (read on `Event.AFTER_FORWARD`). There is nothing
-    to save: the keep rate follows from the timestamp alone, so a resumed run goes on where it was, and every rank has
-    the same keep rate.
+    Runs on `Event.INIT`, where it puts a `PatchSampler` into the model, and on `Event.AFTER_DATALOADER`, where it sets
+    that batch's keep rate: every forward pass of a batch has the same, also the one in which Composer's
+    `SelectiveBackprop` scores the images, and all microbatches. On `Event.AFTER_LOAD` it adds a callback to the
+    trainer, `SamplerLoan`, which logs `pss/keep_rate` and `pss/tokens`, the tokens of an image that the model's blocks
+    saw, and which sets the model's keep rates to 1 again: that of training when `fit` ends, that of evaluation when the
+    trainer is closed or garbage-collected.
+
+    There is nothing to save: the keep rate follows from the timestamp alone, so a resumed run goes on where it was, and
+    every rank has the same keep rate. One object serves several trainers.
 
     Args:
         schedule: Keep rate of each batch: one of `pss_composer.schedules`, or a function of a
@@ -36,51 +42,91 @@ class PatchSamplingSchedule(Algorithm):
 
     Raises:
         TypeError: When the trainer starts: a model that is not a supported ViT.
-        ValueError: A bad argument; when training starts: a schedule that does not fit the trainer's `max_duration`.
+        ValueError: A bad argument; when the trainer starts: a second `PatchSamplingSchedule`, or an algorithm that
+            leaves no ViT; when training starts: a schedule that does not fit the trainer's `max_duration`.
 
     Example:
         >>> trainer = Trainer(model=model, algorithms=[PatchSamplingSchedule()], ...)
     """
-
-    def __init__(
-        self,
-        schedule: Schedule | None = None,
-        *,
-        sampler: str | Sampler = "magnitude",
-        eval_keep_rate: float = 1.0,
-    ) -> None:
-        self.schedule = Cyclic() if schedule is None else schedule
-        if not callable(self.schedule):
-            raise ValueError(f"schedule must be a schedule or a function of training progress, got {schedule!r}")
-        self.sampler = sampler
-        self.eval_keep_rate = eval_keep_rate
-        PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # so that a bad argument raises here, not at INIT
 
     def __repr__(self) -> str:
         return (f"PatchSamplingSchedule(schedule={describe(self.schedule)}, sampler={describe(self.sampler)}, "
                 f"eval_keep_rate={self.eval_keep_rate})")
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.BATCH_START, Event.AFTER_FORWARD, Event.BATCH_END)
+        return event in (Event.INIT, Event.AFTER_LOAD, Event.AFTER_DATALOADER)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
-            self._patch_sampler = apply_patch_sampling(
-                state.model, sampler=self.sampler, eval_keep_rate=self.eval_keep_rate
-            )
-            slot = next(name for name, module in state.model.named_modules() if module is self._patch_sampler)
-            log.info("Patch sampling in %s: %s", slot, self._patch_sampler)
+            _check_combination(state)
+            patch_sampler = apply_patch_sampling(state.model, sampler=self.sampler)
+            _loans.pop(patch_sampler, None)
+            slot = next(name for name, module in state.model.named_modules() if module is patch_sampler)
+            log.info("Patch sampling in %s: %s", slot, patch_sampler)
             logger.log_hyperparameters({"pss/slot": slot, "pss/algorithm": repr(self)})
-        elif event == Event.BATCH_START:
-            keep_rate = self.schedule(read_progress(state))
-            self._patch_sampler.keep_rate = check_keep_rate(keep_rate, "the schedule's result")
-        elif event == Event.AFTER_FORWARD:
-            # a model may compute its training metrics in another forward pass, in eval mode, before the batch ends
-            self._num_tokens = self._patch_sampler.num_tokens
+        elif event == Event.AFTER_LOAD:
+            # at INIT, Composer would miss the state of this callback in checkpoints that were saved without it
+            state.callbacks.append(SamplerLoan(self))
         else:
-            metrics: dict[str, Any] = {"pss/keep_rate": self._patch_sampler.keep_rate, "pss/tokens": self._num_tokens}
-            # the step at which Composer logs the batch's loss; the timestamp already counts this batch
-            logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
+            self.set_keep_rate(state.model, read_progress(state))
+
+
+def _check_combination(state: State) -> None:
+    if sum(isinstance(algorithm, PatchSamplingSchedule) for algorithm in state.algorithms) > 1:
+        raise InputError(f"must hold one PatchSamplingSchedule at most, got {state.algorithms}", key="algorithms")
+    if any(isinstance(algorithm, NoOpModel) for algorithm in state.algorithms):
+        raise InputError("must not hold PatchSamplingSchedule and NoOpModel, which replaces the ViT, "
+                         f"got {state.algorithms}", key="algorithms")
+
+
+_loans: WeakKeyDictionary[PatchSampler, SamplerLoan] = WeakKeyDictionary()  # the trainer that used a sampler last
+
+
+class SamplerLoan(Callback):
+    """A trainer's use of the sampler in its model, until another trainer uses it, or the trainer's life ends.
+
+    Args:
+        sampling: The settings.
+    """
+
+    def __init__(self, sampling: ScheduledSampling) -> None:
+        self.sampling = sampling
+        self._metrics: dict[str, float] = {}
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        self.fit_start(state, logger)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if not self._find_own(state):
+            _loans[self.sampling.apply_to(state.model)] = self
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        if find_samplers(state.model):  # which may have been removed after training
+            self.fit_start(state, logger)
+
+    def predict_start(self, state: State, logger: Logger) -> None:
+        self.eval_standalone_start(state, logger)
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        # a model may compute its training metrics in another forward pass, in eval mode, before the batch ends
+        self._metrics = read_metrics(state.model)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # the step at which Composer logs the batch's loss; the timestamp already counts this batch
+        logger.log_metrics(self._metrics, step=int(state.timestamp.batch) - 1)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        for patch_sampler in self._find_own(state):
+            patch_sampler.keep_rate = 1.0
+
+    def close(self, state: State, logger: Logger) -> None:
+        for patch_sampler in self._find_own(state):
+            patch_sampler.keep_rate = patch_sampler.eval_keep_rate = 1.0
+            del _loans[patch_sampler]
+
+    def _find_own(self, state: State) -> list[PatchSampler]:
+        """The model's sampler, unless another trainer used it last."""
+        return [patch_sampler for patch_sampler in find_samplers(state.model) if _loans.get(patch_sampler) is self]
 
 
 def read_progress(state: State) -> Progress:
@@ -92,8 +138,24 @@ def read_progress(state: State) -> Progress:
         ValueError: `max_duration` cannot be counted in batches.
     """
     batches_per_epoch = None if state.dataloader_len is None else int(state.dataloader_len)
-    batch_size = getattr(state.dataloader, "batch_size", None)
-    samples_per_batch = batch_size * dist.get_world_size() if isinstance(batch_size, int) else None
-    # training ends with the batch that reaches max_duration
-    total_batches = math.ceil(count_batches(state.max_duration.to_timestring(), batches_per_epoch, samples_per_batch))
-    return Progress(int(state.timestamp.batch), total_batches, batches_per_epoch, samples_per_batch)
+    samples = count_samples(state.dataloader, batches_per_epoch)
+    samples_per_batch, samples_per_epoch = (count and count * dist.get_world_size() for count in samples)
+
+    def count(number: int, unit: str) -> float:
+        return count_batches(f"{number}{unit}", batches_per_epoch, samples_per_batch, None, samples_per_epoch)
+
+    # counted from the start of this epoch with this epoch's loader: earlier epochs may have had another
+    now, max_duration = state.timestamp, state.max_duration
+    first_batch = int(now.batch - now.batch_in_epoch)
+    starts = {"ep": int(now.epoch), "ba": first_batch, "sp": int(now.sample - now.sample_in_epoch)}
+    unit = max_duration.unit.value
+    left = count(max_duration.value - starts.get(unit, 0), unit)
+    lengths = {"ep": batches_per_epoch, "sp": samples_per_batch}
+    return Progress(
+        int(now.batch),
+        first_batch + math.ceil(left),  # training ends with the batch that reaches max_duration
+        batches_per_epoch,
+        samples_per_batch,
+        samples_per_epoch,
+        offsets={unit: first_batch - count(starts[unit], unit) for unit, length in lengths.items() if length},
+    )

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from pss_composer.errors import InputError
 from pss_composer.progress import Progress
 from pss_composer.sampling import PatchSampler, Sampler
-from pss_composer.schedules import Cyclic, Schedule, check_keep_rate
+from pss_composer.schedules import Cyclic, Schedule, check_keep_rate, check_schedule
 from pss_composer.surgery import apply_patch_sampling, find_samplers
 
 
@@ -37,11 +36,7 @@ class ScheduledSampling:
         sampler: str | Sampler = "magnitude",
         eval_keep_rate: float = 1.0,
     ) -> None:
-        self.schedule = Cyclic() if schedule is None else schedule
-        if isinstance(schedule, type):
-            raise InputError(f"must be an object, like {schedule.__name__}(), got the class itself", key="schedule")
-        if not callable(self.schedule):
-            raise InputError(f"must be a schedule or a function of training progress, got {schedule!r}", key="schedule")
+        self.schedule = Cyclic() if schedule is None else check_schedule(schedule)
         self.sampler = sampler
         self.eval_keep_rate = eval_keep_rate
         PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # so that a bad argument raises here, not in training
@@ -74,12 +69,13 @@ def count_samples(loader: object, num_batches: int | None) -> tuple[int | None, 
         loader: What training reads.
         num_batches: Batches of an epoch; None when the data has no length.
     """
-    if not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return None, None
+    batch_size = getattr(loader, "batch_size", None)
+    if not isinstance(loader, DataLoader) or batch_size is None or num_batches is None:
+        return batch_size, None
     # an iterable dataset's length is the share of one rank
     samples: Any = loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler
     try:
         num_samples = len(samples)
     except TypeError:
-        return loader.batch_size, None
-    return loader.batch_size, None if num_batches is None else min(num_samples, num_batches * loader.batch_size)
+        return batch_size, None
+    return batch_size, min(num_samples, num_batches * batch_size)
