@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pss_composer.algorithm import PatchSamplingSchedule
     from pss_composer.sampling import PatchSampler
-    from pss_composer.surgery import apply_patch_sampling, remove_patch_sampling
+    from pss_composer.surgery import apply_patch_sampling, register_adapter, remove_patch_sampling
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchSampler", "PatchSamplingSchedule", "apply_patch_sampling", "remove_patch_sampling"]
+__all__ = ["PatchSampler", "PatchSamplingSchedule", "apply_patch_sampling", "register_adapter",
+           "remove_patch_sampling"]
 
 
 _MODULES = {"PatchSampler": "sampling", "PatchSamplingSchedule": "algorithm", "apply_patch_sampling": "surgery",
-            "remove_patch_sampling": "surgery"}
+            "register_adapter": "surgery", "remove_patch_sampling": "surgery"}
 
 
 def __getattr__(name: str) -> Any:

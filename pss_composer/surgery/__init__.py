@@ -7,6 +7,7 @@ from torch import nn
 from pss_composer.sampling import PatchSampler, Sampler
 from pss_composer.surgery.adapters import find_vit, register_adapter
 from pss_composer.surgery.edits import undo_edits
+from pss_composer.surgery.refusals import describe_value
 
 __all__ = ["apply_patch_sampling", "find_samplers", "register_adapter", "remove_patch_sampling"]
 
@@ -36,11 +37,13 @@ def apply_patch_sampling(
 
     Raises:
         TypeError: The model contains no ViT with a known slot, or more than one.
-        ValueError: A bad keep rate or sampler, or a model that drops patches itself (timm's `patch_drop_rate`).
+        ValueError: A bad keep rate or sampler, or a model that drops patches itself (`patch_drop_rate` in timm,
+            `patch_dropout` in open_clip).
     """
     samplers = find_samplers(model) if isinstance(model, nn.Module) else []
     if len(samplers) > 1:
-        raise TypeError(f"{type(model).__name__} has {len(samplers)} patch samplers; name the model that is meant")
+        raise TypeError(f"{type(model).__name__} contains {len(samplers)} patch samplers ({_name_samplers(model)}): "
+                        "call apply_patch_sampling on the ViT that is meant")
     if samplers:
         samplers[0].configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
         return samplers[0]
@@ -54,6 +57,9 @@ def apply_patch_sampling(
     )
     try:
         adapter.fit(vit, patch_sampler)
+        if patch_sampler not in vit.modules() or not patch_sampler.edits:
+            raise TypeError(f"fit must put the sampler into {type(vit).__name__} with a function of "
+                            "pss_composer.surgery.edits, and did not")
     except Exception:
         undo_edits(patch_sampler)
         raise
@@ -67,7 +73,12 @@ def remove_patch_sampling(model: nn.Module) -> None:
 
     Args:
         model: Any module; one without a sampler stays as it is.
+
+    Raises:
+        TypeError: The model is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe_value(model)}")
     for patch_sampler in find_samplers(model):
         undo_edits(patch_sampler)
 
@@ -75,3 +86,7 @@ def remove_patch_sampling(model: nn.Module) -> None:
 def find_samplers(model: nn.Module) -> list[PatchSampler]:
     """The patch samplers in a model."""
     return [module for module in model.modules() if isinstance(module, PatchSampler)]
+
+
+def _name_samplers(model: nn.Module) -> str:
+    return ", ".join(name for name, module in model.named_modules() if isinstance(module, PatchSampler))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,17 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
+from pss_composer.surgery.refusals import LIBRARIES, describe_refusal, describe_subclass, describe_value, name_library
 
-# library -> the module here with its ADAPTERS, by the names of classes; imported when a model of that library comes
-LIBRARIES = {
-    "timm": "pss_composer.surgery.timm",
-    "transformers": "pss_composer.surgery.transformers",
-    "torchvision": "pss_composer.surgery.torchvision",
-    "open_clip": "pss_composer.surgery.open_clip",
-}
-SUPPORTED = "supported are the plain ViTs of timm, transformers, torchvision and open_clip (docs/families.md)"
-WRAPPERS = ("torch", "composer", "torchmetrics", "lightning", "pytorch_lightning")
+# a subclass that has one of these methods anew may go past the slot: sampling would then silently do nothing
+METHODS_WITH_A_SLOT = ("forward", "forward_features", "_pos_embed", "_embeds")
 
 
 @dataclass(frozen=True)
@@ -49,16 +43,32 @@ def register_adapter(
 
     Args:
         vit_class: Its class. Subclasses count, unless they have a `forward` or `forward_features` of their own.
-        fit: A function of a ViT and a `PatchSampler` that puts the sampler behind the position embedding, with
-            `edits.put` or `edits.extend`.
-        num_prefix_tokens: Class, distillation and register tokens, which stand before the first patch token: their
+        fit: A function of a ViT and a `PatchSampler` that puts the sampler where all tokens (B, P + N, C) pass, behind
+            the position embedding: with `put`, `sample_output` or `extend` of `pss_composer.surgery.edits`.
+        num_prefix_tokens: P, the class, distillation and register tokens that stand before the first patch token: a
             number, or a function of the ViT.
 
     Raises:
-        TypeError: `vit_class` is not a class of modules.
+        TypeError: `vit_class` is not a class of modules, or `fit` is no function.
+        ValueError: `num_prefix_tokens` is neither a number of at least 0 nor a function.
+
+    Example, for a ViT that calls `self.dropout` behind the position embedding and then its blocks::
+
+        from pss_composer.surgery.edits import put
+
+        def fit(vit, sampler):
+            put(sampler, vit, "dropout", nn.Sequential(vit.dropout, sampler))
+
+        register_adapter(MyViT, fit, num_prefix_tokens=1)
+        apply_patch_sampling(MyViT(), keep_rate=0.6)
     """
     if not (isinstance(vit_class, type) and issubclass(vit_class, nn.Module)):
         raise TypeError(f"vit_class must be a subclass of torch.nn.Module, got {vit_class!r}")
+    if not callable(fit):
+        raise TypeError(f"fit must be a function of a ViT and a PatchSampler, got {fit!r}")
+    if not callable(num_prefix_tokens) and not (isinstance(num_prefix_tokens, int) and num_prefix_tokens >= 0):
+        raise InputError(f"must be a whole number of at least 0 or a function of the ViT, got {num_prefix_tokens!r}",
+                         key="num_prefix_tokens")
     count = num_prefix_tokens if callable(num_prefix_tokens) else lambda vit: num_prefix_tokens
     _registered[vit_class] = Adapter(fit, count)
 
@@ -70,48 +80,46 @@ def find_vit(model: nn.Module) -> tuple[nn.Module, Adapter]:
         TypeError: There is none, or more than one.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
-    vits = {name: (module, adapter) for name, module in model.named_modules() if (adapter := _find_adapter(module))}
+        raise TypeError(f"model must be a torch.nn.Module that is or contains a ViT, got {describe_value(model)}")
+    vits: dict[str, tuple[nn.Module, Adapter]] = {}
+    within: set[nn.Module] = set()
+    refusal = ""
+    for name, module in model.named_modules():
+        # an adapter also fits what is inside its module
+        if module in within or (known := _find_known(type(module))) is None:
+            continue
+        vit_class, adapter = known
+        if method := _find_overridden(type(module), vit_class):
+            refusal = describe_subclass(type(module), vit_class, method, adapter.fit)
+            continue
+        vits[name] = module, adapter
+        within.update(module.modules())
     if not vits:
-        raise TypeError(_describe_refusal(model))
+        raise TypeError(refusal or describe_refusal(model))
     if len(vits) > 1:
-        names = ", ".join(name or "itself" for name in vits)
-        raise TypeError(f"{type(model).__name__} has {len(vits)} ViTs ({names}): call apply_patch_sampling on the one "
-                        "that is meant first")
+        raise TypeError(f"{type(model).__name__} contains {len(vits)} ViTs ({', '.join(vits)}): call "
+                        "apply_patch_sampling on the one that is to lose tokens; PatchSamplingSchedule then takes it")
     return next(iter(vits.values()))
 
 
-def _find_adapter(module: nn.Module) -> Adapter | None:
-    for vit_class in type(module).__mro__:
+def _find_known(module_class: type) -> tuple[type, Adapter] | None:
+    """The nearest of a class and its bases that has an adapter."""
+    for vit_class in module_class.__mro__:
         adapter = _registered.get(vit_class) or _find_adapters(vit_class).get(vit_class.__name__)
-        # a subclass with a forward of its own may skip the slot: sampling would then silently do nothing
-        if adapter is not None and all(
-            getattr(type(module), name, None) is getattr(vit_class, name, None)
-            for name in ("forward", "forward_features")
-        ):
-            return adapter
+        if adapter is not None:
+            return vit_class, adapter
     return None
 
 
 def _find_adapters(vit_class: type) -> Mapping[str, Adapter]:
-    adapters = LIBRARIES.get(_name_library(vit_class))
-    return import_module(adapters).ADAPTERS if adapters else {}
+    library = name_library(vit_class)
+    # imported when a model of that library comes
+    return import_module(f"pss_composer.surgery.{library}").ADAPTERS if library in LIBRARIES else {}
 
 
-def _name_library(vit_class: type) -> str:
-    return vit_class.__module__.split(".")[0]
-
-
-def _describe_refusal(model: nn.Module) -> str:
-    """Name the class of the model inside wrappers, what is supported, and what to do."""
-    classes = [type(module) for module in model.modules()]
-    inside = (
-        [each for each in classes if _name_library(each) in LIBRARIES]
-        or [each for each in classes if _name_library(each) not in WRAPPERS]
-        or classes
-    )
-    library = _name_library(inside[0])
-    origin = f"{library}'s {inside[0].__name__}" if library in sys.modules else inside[0].__name__
-    within = "" if inside[0] is type(model) else f" (in {type(model).__name__})"
-    return (f"no patch sampling slot known for {origin}{within}: {SUPPORTED}; take the same model from timm if it "
-            "has one there, or write an adapter (pss_composer.surgery.register_adapter)")
+def _find_overridden(module_class: type, vit_class: type) -> str | None:
+    """A method of a subclass that may go past the slot."""
+    for name in METHODS_WITH_A_SLOT:
+        if getattr(module_class, name, None) is not getattr(vit_class, name, None):
+            return name
+    return None

@@ -1,13 +1,22 @@
-"""`apply_patch_sampling` itself: keep rates, where it finds a ViT, what it refuses, a registered adapter."""
+"""`apply_patch_sampling` itself: keep rates, where it finds a ViT, a registered adapter."""
 
+import copy
+import pickle
+
+import open_clip
 import pytest
 import timm
 import torch
-from support.models import build_model, random_images
+from support.families.open_clip import SMALL as SMALL_OPEN_CLIP
+from support.models import SMALL, build_model, random_images
 from support.oracle import masked_logits
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pss_composer import apply_patch_sampling
+from pss_composer import apply_patch_sampling, register_adapter, remove_patch_sampling
+from pss_composer.surgery import adapters
+from pss_composer.surgery.edits import put, sample_output
+from pss_composer.surgery.timm import fit_vision_transformer
 
 
 def test_a_real_timm_checkpoint_name_loads_strictly():
@@ -54,32 +63,150 @@ def test_compiled_model_follows_the_keep_rate():
         torch.testing.assert_close(compiled(random_images()), model(random_images()), atol=1e-5, rtol=1e-5)
 
 
+def test_in_a_model_of_images_and_texts_the_text_tower_stays():
+    model, untouched = build_model("open_clip_clip").eval(), build_model("open_clip_clip").eval()
+    sampler = apply_patch_sampling(model, eval_keep_rate=0.4)
+    assert model.visual.patch_dropout is sampler
+    words = torch.tensor([[1, 3, 2, 10, 0]])
+    assert torch.equal(model.encode_text(words), untouched.encode_text(words))
+    assert not torch.allclose(model.encode_image(random_images()), untouched.encode_image(random_images()))
+
+
+@pytest.mark.parametrize("name", ["vit", "torchvision"])
+def test_a_compiled_model_can_be_given_a_sampler_and_lose_it(name):
+    model, expected = build_model(name).eval(), build_model(name).eval()
+    full = expected(random_images())
+    apply_patch_sampling(expected, eval_keep_rate=0.4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change, logits in ((lambda: None, full), (lambda: apply_patch_sampling(compiled, eval_keep_rate=0.4),
+                                                  expected(random_images())),
+                           (lambda: remove_patch_sampling(compiled), full)):
+        change()
+        torch.testing.assert_close(compiled(random_images()), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_intermediates_of_open_clip_needs_the_whole_grid():
+    model, untouched = build_model("open_clip").eval(), build_model("open_clip").eval()
+    sampler = apply_patch_sampling(model)
+    for options in ({}, dict(output_fmt="NLC"), dict(indices=[0], output_extra_tokens=True)):
+        features, expected = (each.forward_intermediates(random_images(), **options) for each in (model, untouched))
+        assert features.keys() == expected.keys()
+        assert torch.equal(features["image_features"], expected["image_features"])
+        assert all(map(torch.equal, features["image_intermediates"], expected["image_intermediates"]))
+    # half of the tokens of 32 channels would fit as all tokens of 16
+    for keep_rate, train in ((0.5, False), (0.3, True)):
+        sampler.keep_rate, sampler.eval_keep_rate = 0.3, 0.5
+        key = "keep_rate" if train else "eval_keep_rate"
+        with pytest.raises(ValueError, match=f"^{key} must be 1 here, since .* onto their grid, got {keep_rate}"):
+            model.train(train).forward_intermediates(random_images())
+    (tokens, _) = model.eval().forward_intermediates(random_images(), output_fmt="NLC")["image_intermediates"]
+    assert tokens.shape == (3, 31, 32)  # of 65 half, without the class token
+
+
+def test_a_librarys_own_patch_dropout_is_not_thrown_away():
+    model = timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match="^patch_drop_rate must be 0 under patch sampling, got 0.5"):
+        apply_patch_sampling(model)
+    model = open_clip.transformer.VisionTransformer(**SMALL_OPEN_CLIP, patch_dropout=0.3)
+    with pytest.raises(ValueError, match="^patch_dropout must be 0 under patch sampling, got 0.3"):
+        apply_patch_sampling(model)
+
+
+# --- adapters of one's own -----------------------------------------------------------------------------------------
+
+
+class PooledViT(nn.Module):
+    """A ViT of one's own, without prefix tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.Flatten(2))
+        self.position = nn.Parameter(torch.randn(1, 64, 32))
+        self.dropout = nn.Dropout(0.1)
+        self.body = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def forward(self, images):
+        return self.body(self.dropout(self.embed(images).mT + self.position)).mean(dim=1)
+
+
+class ChangedViT(PooledViT):
+    def forward(self, images):
+        return super().forward(images) * 2
+
+
+class NamedViT(PooledViT):
+    """A subclass that changes nothing that matters here."""
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(adapters, "_registered", {})
+
+
+def fit_by_slot(vit, sampler):
+    put(sampler, vit, "dropout", nn.Sequential(vit.dropout, sampler))
+
+
+def fit_by_output(vit, sampler):
+    sample_output(sampler, vit.dropout)
+
+
+@pytest.mark.parametrize("fit", [fit_by_slot, fit_by_output])
+@pytest.mark.parametrize("count", [0, lambda vit: 0])
+@pytest.mark.parametrize("vit_class", [PooledViT, NamedViT])
+def test_a_vit_of_ones_own_loses_tokens(fit, count, vit_class, registered):
+    register_adapter(PooledViT, fit, num_prefix_tokens=count)
+    model = vit_class().eval()
+    images = random_images()
+    full, keys = model(images), list(model.state_dict())
+    sampler = apply_patch_sampling(nn.Sequential(model), eval_keep_rate=0.5)
+    tokens = model.embed(images).mT + model.position
+    kept = tokens.abs().sum(dim=-1).topk(32).indices
+    expected = model.body(tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, 32))).mean(dim=1)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(each(images), expected, atol=1e-5, rtol=1e-5)
+    assert sampler.keep_indices.shape == (3, 32) and list(model.state_dict()) == keys
+    remove_patch_sampling(model)
+    assert torch.equal(model(images), full) and str(model) == str(vit_class().eval())
+
+
+def test_a_subclass_can_be_registered_with_the_adapter_of_its_base(registered):
+    class Mine(VisionTransformer):
+        def forward_features(self, x):
+            return super().forward_features(x)
+
+    register_adapter(Mine, fit_vision_transformer, num_prefix_tokens=lambda vit: vit.num_prefix_tokens)
+    model = Mine(**SMALL, reg_tokens=2)
+    assert apply_patch_sampling(model) is model.patch_drop and model.patch_drop.num_prefix_tokens == 3
+
+
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("arguments", "message"),
     [
-        (lambda: timm.create_model("resnet18"), "no patch sampling slot known for ResNet .*; supported: timm Vision"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), r"no patch sampling slot known for Sequential \(of Linear\)"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "no patch sampling slot known for SwinTransformer"),
-        (lambda: timm.create_model("samvit_base_patch16"), "no patch sampling slot known for VisionTransformerSAM"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224"), "no patch sampling slot known for Eva"),
-        (lambda: nn.ModuleDict({"a": build_model("vit"), "b": build_model("beit")}), r"2 ViTs \(a, b\): call"),
+        ((PooledViT(), fit_by_slot, 0), "^vit_class must be a subclass of torch.nn.Module, got PooledViT"),
+        ((int, fit_by_slot, 0), "^vit_class must be a subclass of torch.nn.Module, got <class 'int'>"),
+        ((PooledViT, "dropout", 0), "^fit must be a function of a ViT and a PatchSampler, got 'dropout'"),
+        ((PooledViT, fit_by_slot, -1), "^num_prefix_tokens must be a whole number of at least 0 or .*, got -1"),
+        ((PooledViT, fit_by_slot, 1.0), "^num_prefix_tokens must be a whole number of at least 0 or .*, got 1.0"),
     ],
 )
-def test_other_models_get_a_clear_type_error(model, message):
-    with pytest.raises(TypeError, match=message):
-        apply_patch_sampling(model())
+def test_arguments_of_register_adapter_are_checked(arguments, message, registered):
+    vit_class, fit, count = arguments
+    with pytest.raises((TypeError, ValueError), match=message):
+        register_adapter(vit_class, fit, num_prefix_tokens=count)
 
 
-def test_a_subclass_that_may_skip_the_slot_is_refused():
-    class Mine(timm.models.vision_transformer.VisionTransformer):
-        def forward_features(self, x):
-            return self.norm(self.blocks(self._pos_embed(self.patch_embed(x))))
-
-    with pytest.raises(TypeError, match="no patch sampling slot known for Mine"):
-        apply_patch_sampling(Mine(img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=4))
+def fit_without_edits(vit, sampler):
+    vit.dropout = sampler
 
 
-def test_timms_own_patch_dropout_is_not_thrown_away():
-    model = timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5)
-    with pytest.raises(ValueError, match="patch_drop_rate must be 0"):
-        apply_patch_sampling(model)
+def fit_nothing(vit, sampler):
+    pass
+
+
+@pytest.mark.parametrize("fit", [fit_nothing, fit_without_edits])
+def test_a_fit_that_does_not_put_the_sampler_in_is_an_error(fit, registered):
+    register_adapter(PooledViT, fit, num_prefix_tokens=0)
+    with pytest.raises(TypeError, match="fit must put the sampler into PooledViT with a function of pss_composer.surg"):
+        apply_patch_sampling(PooledViT())

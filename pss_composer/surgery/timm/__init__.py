@@ -21,6 +21,7 @@ def _no_prefix_tokens(cait: Any) -> int:
 
 ADAPTERS = {
     "VisionTransformer": Adapter(fit_vision_transformer, _num_prefix_tokens),
+    "VisionTransformerDistilled": Adapter(fit_vision_transformer, _num_prefix_tokens),
     "Eva": Adapter(fit_eva, _num_prefix_tokens),
     "Beit": Adapter(fit_beit, _num_prefix_tokens),
     "VisionTransformerRelPos": Adapter(fit_relpos, _num_prefix_tokens),
