@@ -72,7 +72,7 @@ def _add_checkpoint_commands(add_command: AddCommand) -> None:
     exporting = add_command("export-checkpoint", _export_weights, "write a run's checkpoint as safetensors for timm")
     exporting.add_argument("checkpoint", metavar="RUN", help="the save_folder of a run, or one of its checkpoints")
     for command in (importing, exporting):
-        command.add_argument("out", metavar="OUT", help="a new .safetensors file")
+        command.add_argument("out", metavar="OUT", help="a new .safetensors file; with transformers, a folder")
         command.add_argument("--ema", action="store_true", help="the moving averages of the weights")
         command.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate to another image size")
 

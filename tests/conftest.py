@@ -30,6 +30,7 @@ def _close_files_in_time():
 SLOW = (
     "training/test_distributed.py", "training/test_data_wait.py", "training/test_recipes.py", "training/test_runs.py",
     "checkpoints/test_export.py", "evaluation/test_commands.py", "evaluation/test_pictures.py",
+    "models/test_library.py",
     "data/mds/test_cache.py", "data/mds/test_faults.py", "data/mds/test_resume.py", "data/mds/test_shared_memory.py",
     "data/mds/test_stores.py", "data/prepare/test_stops.py", "data/prepare/test_stores.py", "data/test_resume.py",
     "data/test_dataspec.py", "data/augmentation/test_distribution.py", "data/augmentation/test_operations.py",

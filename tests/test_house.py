@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "pretraining": METHOD | {"models"},
     "data": set(),
     "data.prepare": {"data"},
-    "checkpoints": {"models.shape"},
+    "checkpoints": {"models.shape", "models.settings"},
     "training": METHOD | {"models", "pretraining", "data", "checkpoints"},
     "evaluation": METHOD | {"models", "pretraining", "data", "checkpoints", "training"},
     "cli": METHOD | {"models", "pretraining", "data", "data.prepare", "checkpoints", "training", "evaluation"},
@@ -33,12 +33,12 @@ ONLY_IN = {
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
     "accelerate": set(),
-    "transformers": {"integrations.transformers", "surgery", "models"},
+    "transformers": {"integrations.transformers", "surgery", "models.transformers"},
     "timm": {"surgery", "models", "pretraining", "data.augmentation", "checkpoints", "training"},
 }
-LIGHT = ["errors", "checks", "locks", "seeds", "progress", "schedules", "models.shape", "pretraining.settings",
-         "data.settings", "data.augmentation.settings", "training.recipe", "training.rules", "training.reading",
-         "training.command", "cli"]
+LIGHT = ["errors", "checks", "locks", "seeds", "progress", "schedules", "models.shape", "models.settings",
+         "pretraining.settings", "data.settings", "data.augmentation.settings", "training.recipe", "training.rules",
+         "training.reading", "training.command", "cli"]
 
 
 def find_modules():

@@ -204,11 +204,12 @@ def _load(model_class: Any, source: str, config: Any, settings: ModelSettings) -
             source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=False,
         )
-    mismatched = {str(entry[0]): tuple(entry[1]) for entry in info["mismatched_keys"]}
+    # transformers 5 also gives the shapes
+    mismatched = {entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]}
     initial = sorted({*info["missing_keys"], *mismatched})
     bad = next((name for name in initial if not name.startswith(TransformersClassifier.HEAD)), None)
     if bad is not None:
-        finding = f"has {mismatched[bad]} at {bad}" if bad in mismatched else f"has no {bad}"
+        finding = f"has another shape at {bad}" if bad in mismatched else f"has no {bad}"
         raise InputError(f"must be of the model's architecture, {source} {finding}", key="pretrained")
     lines = [f"loaded by transformers: {len(module.state_dict()) - len(initial)} weights from {source}"]
     lines += [f"{title}: {len(names)} ({', '.join(names)})" for title, names in
