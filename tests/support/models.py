@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from support.families import timm
+from support.families import open_clip, timm, torchvision, transformers
 from support.families.family import Family, random_images
 from support.families.timm import SMALL
 
 __all__ = ["FAMILIES", "SMALL", "Family", "build_model", "random_images"]
 
-FAMILIES: dict[str, Family] = {**timm.FAMILIES}
+FAMILIES: dict[str, Family] = {**timm.FAMILIES, **torchvision.FAMILIES, **open_clip.FAMILIES,
+                               **transformers.FAMILIES}
 
 
 def build_model(name: str, seed: int = 0) -> nn.Module:

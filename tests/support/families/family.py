@@ -30,6 +30,7 @@ class Family:
         hide: (model, is_hidden (B, T) bool) -> a context in which attention that is not PyTorch's own
             (`scaled_dot_product_attention`) sees no hidden token; for the oracle.
         unused: Names of parameters that get no gradient in the untouched model either.
+        breaks: Why `torch.compile` breaks the graph of the untouched model, if it does.
     """
 
     build: Callable[[], nn.Module]
@@ -43,3 +44,4 @@ class Family:
     checkpoint: Callable[[nn.Module], Any] | None = None
     hide: Callable[[nn.Module, torch.Tensor], AbstractContextManager] = lambda model, is_hidden: nullcontext()
     unused: frozenset[str] = frozenset()
+    breaks: str = ""
