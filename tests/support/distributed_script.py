@@ -27,6 +27,7 @@ from pss_composer.models.simmim import SimMIMClassifier
 from pss_composer.schedules import Cyclic
 from pss_composer.training.ema import EMA
 from pss_composer.training.mixing import MixUpCutMix
+from support.library import smoke_library
 
 BATCH_SIZE = 8
 BATCHES_PER_EPOCH = 10
@@ -56,6 +57,13 @@ PRETRAIN = [
     # clipping does
     "gradient_clipping=null",
 ]
+LIBRARY = ["max_duration=2ba", "eval_interval=2ba", "gradient_clipping=null", "ema.smoothing=0.5", "optimizer.lr=5e-3",
+           "scheduler.warmup=0ep"]
+WAYS = {
+    "ddp": ["parallelism=ddp"],
+    "ddp_checkpointing": ["parallelism=ddp", "activation_checkpointing=true", "microbatch_size=2"],
+    "fsdp2_checkpointing": ["parallelism=fsdp2", "activation_checkpointing=true", "microbatch_size=2"],
+}
 # two runs of one name are one run and its autoresume
 RECIPES = {
     "finetune-fsdp2": [*FINETUNE, "parallelism=fsdp2"],
@@ -141,6 +149,14 @@ def train_recipe(arguments: list[str], folder: Path, *, times: int = 1) -> dict:
     return {"metrics": metrics}
 
 
+def train_library(library: str, way: str, folder: Path) -> dict:
+    """A recipe with a library's model."""
+    path, *overrides = smoke_library(library, folder, *LIBRARY, *WAYS[way])
+    cli.main(["train", path, *overrides])
+    dist.barrier()
+    return {"metrics": (folder / "metrics.jsonl").read_text()}
+
+
 def main(folder: Path) -> None:
     cases = {f"compare-{name}-{parallelism}": lambda name=name, parallelism=parallelism: compare(name, parallelism)
              for name in MODELS for parallelism in PARALLELISMS}
@@ -149,6 +165,8 @@ def main(folder: Path) -> None:
     cases |= {name: lambda name=name, arguments=arguments: train_recipe(
         arguments, folder / f"run-{name}", times=2 if "autoresume=true" in arguments else 1)
         for name, arguments in RECIPES.items()}
+    cases |= {f"{library}-{way}": lambda library=library, way=way: train_library(
+        library, way, folder / f"run-{library}-{way}") for library in ("hf", "torchvision") for way in WAYS}
     for case, train in cases.items():
         try:
             results = train()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support import distributed_script
-from support.distributed_script import FINETUNE, MODELS, PARALLELISMS, RESUMED, STOPS
+from support.distributed_script import FINETUNE, MODELS, PARALLELISMS, RESUMED, STOPS, WAYS
 from support.launch import launch
 from support.paths import ROOT
 from support.recipes import train_by_command as main
@@ -130,3 +130,17 @@ def test_pretraining_on_two_processes_is_the_same_in_every_parallelism(two_proce
     for name in ("fsdp2", "checkpointing"):
         assert losses[name] == pytest.approx(losses["ddp"], abs=1e-5)
         assert errors[name] == pytest.approx(errors["ddp"], abs=1e-5) and len(errors[name]) == 1
+
+
+@pytest.mark.parametrize("library", ["hf", "torchvision"])
+def test_a_librarys_model_on_two_processes_is_the_same_in_every_parallelism(two_processes, library):
+    losses, errors = {}, {}
+    for way in WAYS:
+        lines = [json.loads(line) for line in two_processes(f"{library}-{way}")[0]["metrics"].splitlines()]
+        losses[way] = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
+        (errors[way],) = (line["metrics/eval/cross_entropy"] for line in lines if "metrics/eval/cross_entropy" in line)
+        assert [line["pss/keep_rate"] for line in lines if "pss/keep_rate" in line] == pytest.approx([0.2, 1.0])
+    assert len(losses["ddp"]) == 2
+    for way in WAYS:
+        assert losses[way] == pytest.approx(losses["ddp"], abs=1e-5)
+        assert errors[way] == pytest.approx(errors["ddp"], abs=1e-5)
