@@ -46,6 +46,8 @@ def undo_edits(sampler: PatchSampler) -> None:
     for owner, name, before in reversed(sampler.edits):
         if before is Missing or (name in owner._modules and not isinstance(before, nn.Module)):
             delattr(owner, name)  # None, say, was no module
+        if name == "__class__":
+            before = _without_extension(type(owner), before)
         if before is not Missing:
             setattr(owner, name, before)
     sampler.edits.clear()
@@ -98,6 +100,15 @@ def _extend_class(mixin: Any, base: Any) -> Any:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _extended[mixin, base] = type(base.__name__, (mixin, base), names)
     return _extended[mixin, base]
+
+
+def _without_extension(current: Any, before: Any) -> Any:
+    """What a module's class is without an extension of `before`: torch's FSDP2 puts a class of its own on top."""
+    if current in _extended.values() and current.__bases__[1] is before:
+        return before
+    bases = tuple(_without_extension(base, before) if issubclass(base, before) else base for base in current.__bases__)
+    names = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
+    return type(current)(current.__name__, bases, names)
 
 
 def _build_extended(mixin: Any, base: Any) -> Any:

@@ -19,7 +19,7 @@ from support.trainers import (
     train,
 )
 
-from pss_composer import PatchSamplingSchedule, apply_patch_sampling, remove_patch_sampling
+from pss_composer import PatchSampler, PatchSamplingSchedule, apply_patch_sampling, remove_patch_sampling
 from pss_composer.models.classifier import ViTClassifier
 from pss_composer.schedules import Cyclic, Fixed
 from pss_composer.surgery import find_samplers
@@ -233,3 +233,21 @@ def test_a_model_with_a_sampler_of_its_own():
     trainer = train(PatchSamplingSchedule(Fixed(0.6)), model=model, max_duration="2ba")
     assert logged(trainer, "pss/tokens") == [TOKENS[0.6]] * 2
     assert (sampler.sampler, *keep_rates(model)) == ("magnitude", 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "beit_shared"])
+def test_removed_from_modules_with_a_class_on_top(name):
+    """As torch's FSDP2 puts one on every module that it shards."""
+    class Sharded:
+        pass
+
+    models = build_model(name), build_model(name)
+    apply_patch_sampling(models[0])
+    for model in models:
+        for module in model.modules():
+            if not isinstance(module, PatchSampler):
+                module.__class__ = type(f"Sharded{type(module).__name__}", (Sharded, type(module)), {"tag": 7})
+    remove_patch_sampling(models[0])
+    removed, untouched = ([(path, type(module).__name__, type(module).__mro__[1:], type(module).tag)
+                           for path, module in model.named_modules() if path != "patch_drop"] for model in models)
+    assert removed == untouched
