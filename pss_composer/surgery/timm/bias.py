@@ -35,7 +35,7 @@ class KeptPairs(nn.Module):
         positions = self.sampler.kept_positions()
         if positions is None:
             return None
-        rows = make_index(*self.biases)[positions]
+        rows = make_index(*self.biases).to(positions.device)[positions]  # DataParallel replicates no tuple
         return rows.gather(2, positions.unsqueeze(1).expand(-1, positions.shape[1], -1))
 
     get_bias = forward  # what VisionTransformerRelPos calls
