@@ -57,8 +57,11 @@ class TransformersClassifier(IndexedClassifier):
         return logits
 
     def enable_activation_checkpointing(self) -> None:
+        # the second is the name of 4.57
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(self.module, name) for name in names if hasattr(self.module, name))
         try:
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable({"use_reentrant": False})
         except ValueError as error:
             raise InputError(f"must be false for {type(self.module).__name__}: {to_line(error)}",
                              key="activation_checkpointing") from error

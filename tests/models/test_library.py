@@ -43,6 +43,9 @@ from pss_composer.training.reading import load_recipe
 from pss_composer.training.recipe import OptimizerSettings
 from pss_composer.training.trainer import build_trainer, train
 
+# a session remembers that it is offline; its name in the client of transformers 5, and of 4.57
+reset_sessions = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils._http.reset_sessions
+
 
 def load(arguments):
     return load_recipe(*split(arguments))
@@ -271,11 +274,11 @@ def test_a_mistake_is_one_line(case, tmp_path, no_hub):
 def test_weights_that_the_hub_does_not_give_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    huggingface_hub.utils._http.reset_sessions()
+    reset_sessions()
     with pytest.raises(SystemExit, match="^error: model.pretrained must be weights of timm/.* that can be loaded, got "
                                          "True: "):
         main(smoke_library("timm", tmp_path / "run", "model.pretrained=true"))
-    huggingface_hub.utils._http.reset_sessions()
+    reset_sessions()
 
 
 def test_a_cnn_trains_on_all_of_its_pixels_and_is_not_evaluated_at_keep_rates(tmp_path):
@@ -298,11 +301,12 @@ def name_groups(model, **settings):
             for group in optimizer.param_groups for parameter in group["params"]}
 
 
+HF_BLOCKS = "vit.encoder.layer" if transformers.__version__.startswith("4.") else "vit.layers"
 LAYERS = {
     "timm": {"cls_token": 0, "patch_embed.proj.weight": 0, "blocks.0.mlp.fc1.weight": 1, "blocks.1.norm1.weight": 2,
              "norm.weight": 2, "head.weight": 3, "head.bias": 3},
     "hf": {"vit.embeddings.cls_token": 0, "vit.embeddings.patch_embeddings.projection.weight": 0,
-           "vit.encoder.layer.0.output.dense.weight": 1, "vit.encoder.layer.1.layernorm_before.weight": 2,
+           f"{HF_BLOCKS}.0.layernorm_after.weight": 1, f"{HF_BLOCKS}.1.layernorm_before.weight": 2,
            "vit.layernorm.weight": 2, "classifier.weight": 3, "classifier.bias": 3},
     "torchvision": {"class_token": 0, "encoder.pos_embedding": 0, "conv_proj.weight": 0,
                     "encoder.layers.encoder_layer_0.mlp.0.weight": 1, "encoder.layers.encoder_layer_1.ln_1.bias": 2,
@@ -344,8 +348,8 @@ def test_activation_checkpointing_recomputes_every_block(library, tmp_path):
     model.enable_activation_checkpointing()
     calls = []
     for block in blocks:
-        forward = block.forward
-        block.forward = lambda *args, forward=forward, **kwargs: calls.append(0) or forward(*args, **kwargs)
+        norm = next(module for module in block.modules() if isinstance(module, torch.nn.LayerNorm))
+        norm.forward = lambda tokens, forward=norm.forward: calls.append(0) or forward(tokens)
     model.train()((random_images(), None)).sum().backward()
     assert len(calls) == 4
 
@@ -490,12 +494,12 @@ def test_families_of_transformers(name, tmp_path):
 
 
 def test_siglip_2_sees_the_patches_as_its_processor_cuts_them(tmp_path):
-    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
-
     transformers.Siglip2Config(**FAMILIES["Siglip2"]).save_pretrained(tmp_path / "config")
     model = build_model(ModelSettings(name=f"hf/{tmp_path / 'config'}", num_classes=7, image_size=32)).eval()
     images = random_images()
-    patches = [torch.from_numpy(convert_image_to_patches(image.permute(1, 2, 0).numpy(), 4)) for image in images]
-    expected = model.module(pixel_values=torch.stack(patches), pixel_attention_mask=torch.ones(3, 64),
+    # of 4 x 4 pixels, row by row, the channels of a pixel side by side
+    patches = [images[:, :, top:top + 4, left:left + 4].permute(0, 2, 3, 1).flatten(1)
+               for top in range(0, 32, 4) for left in range(0, 32, 4)]
+    expected = model.module(pixel_values=torch.stack(patches, dim=1), pixel_attention_mask=torch.ones(3, 64),
                             spatial_shapes=torch.full((3, 2), 8)).logits
     torch.testing.assert_close(model((images, None)), expected)
