@@ -1,6 +1,7 @@
 """open_clip's families: its own ViT in all its forms, a timm tower, and both within models that also read text."""
 
 from functools import partial
+from inspect import signature
 from unittest.mock import patch
 
 import torch
@@ -27,13 +28,17 @@ WORDS = torch.tensor([[1, 3, 2, 10, 0], [1, 2, 5, 7, 10], [4, 10, 0, 0, 0]])
 
 
 def _tokens(visual, images):
-    return visual.transformer(visual._embeds(images))
+    """What its blocks return."""
+    tokens = []
+    hook = visual.transformer.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    visual(images)
+    hook.remove()
+    return tokens[0]
 
 
-def _head(visual, tokens):
-    pooled, tokens = visual._pool(tokens)
-    pooled = pooled if visual.proj is None else pooled @ visual.proj
-    return (pooled, tokens) if visual.output_tokens else pooled
+def _returning(visual, tokens):
+    """Within the block its blocks return these tokens."""
+    return patch.object(visual.transformer, "forward", lambda *inputs, **options: tokens)
 
 
 def _run(visual, images):
@@ -44,12 +49,17 @@ def _run(visual, images):
     return torch.cat((features[0].flatten(1), features[1].mean(dim=1)), dim=1)
 
 
+def _finish(visual, tokens):
+    with _returning(visual, tokens):
+        return _run(visual, random_images(len(tokens)))
+
+
 def _family(unused=frozenset(), **arguments):
     return Family(
         partial(VisionTransformer, **SMALL | arguments),
         1,
         tokens=_tokens,
-        head=lambda visual, tokens: _run(partial(_head, visual), tokens),
+        head=_finish,
         run=_run,
         blocks="transformer.resblocks",
         # open_clip calls its custom blocks with too many arguments
@@ -61,8 +71,7 @@ def _family(unused=frozenset(), **arguments):
 def _build_timm_tower():
     """A tower by name has the size of a real model; timm makes this one, of its tests, small."""
     tower = TimmModel("test_vit", embed_dim=7, pool="avg", proj="linear")
-    tower.set_input_size(image_size=32)
-    tower.trunk.set_input_size(patch_size=(4, 4))
+    tower.trunk.set_input_size(img_size=32, patch_size=(4, 4))
     return tower
 
 
@@ -76,11 +85,9 @@ def _match(model, inputs):
     return scale * images @ texts.T
 
 
-def _match_tokens(model, tokens):
-    """The same for tokens that leave the body of the image tower."""
-    features = _head(model.visual, tokens)
-    with patch.object(model.visual, "forward", lambda images: features):
-        return _match(model, (random_images(len(tokens)), WORDS[: len(tokens)]))
+def _finish_match(model, tokens):
+    with _returning(model.visual, tokens):
+        return _match(model, (random_images(len(tokens)), WORDS))
 
 
 def _pair_family(model_class, **arguments):
@@ -88,7 +95,7 @@ def _pair_family(model_class, **arguments):
         partial(model_class, **dict(embed_dim=7, vision_cfg=IMAGES, text_cfg=TEXTS) | arguments),
         1,
         tokens=lambda model, inputs: _tokens(model.visual, inputs[0]),
-        head=_match_tokens,
+        head=_finish_match,
         run=_match,
         inputs=lambda seed: (random_images(seed=seed), WORDS),
         blocks="visual.transformer.resblocks",
@@ -101,7 +108,6 @@ FAMILIES = {
     "open_clip_avg": _family(pool_type="avg", no_ln_pre=True, pos_embed_type="sin_cos_2d", final_ln_after_pool=True,
                              ls_init_value=0.1, unused=frozenset({"positional_embedding"})),
     "open_clip_output_tokens": _family(output_tokens=True),
-    "open_clip_custom_blocks": _family(qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_fc=True),
     "open_clip_attention_pool": _family(**POOL, output_dim=8),
     "open_clip_parallel_pool": _family(**POOL | dict(attentional_pool="parallel"), **NARROW),
     "open_clip_cascade_pool": _family(**POOL | dict(attentional_pool="cascade"), **NARROW),
@@ -117,3 +123,5 @@ FAMILIES = {
     "open_clip_custom_text": _pair_family(CustomTextCLIP),
     "open_clip_coca": _pair_family(CoCa, **COCA),
 }
+if "qk_norm" in signature(VisionTransformer).parameters:  # since 3.0
+    FAMILIES["open_clip_custom_blocks"] = _family(qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_fc=True)
