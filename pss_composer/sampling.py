@@ -2,7 +2,12 @@
 
 A sampler is a function `(tokens, k) -> keep_indices` from patch tokens (B, N, C), without prefix tokens, to the
 int64 indices (B, k) of those that stay, each at most once per image, in any order. A ViT that pads images to a common
-length also passes `is_patch` (B, N), False for padding, which stays only where an image has fewer than k patches.
+length also passes `is_patch` (B, N) by this name, False for padding, which stays only where an image has fewer than k
+patches.
+
+What a sampler of one's own returns is checked: its type, shape and device in every forward pass, its values in the
+first pass with each k. A training step therefore never waits for the values but in these few. Nothing reads the values
+while torch compiles, exports or traces the model. The three samplers here are not checked.
 """
 
 from __future__ import annotations
@@ -54,11 +59,11 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of that name, or the function itself.
 
     Raises:
-        ValueError: Neither the name of a sampler nor a function.
+        InputError: Neither the name of a sampler nor a function of tokens and k.
     """
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return SAMPLERS[sampler]
-    if callable(sampler):
+    if callable(sampler) and not isinstance(sampler, type) and _takes(sampler):
         return sampler
     raise InputError(
         f"must be one of {', '.join(SAMPLERS)} or a function (tokens, k) -> keep_indices, got {sampler!r}",
@@ -66,12 +71,39 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
     )
 
 
-def _takes_is_patch(sampler: Sampler) -> bool:
+def _takes(sampler: Sampler, **options: object) -> bool:
+    """Whether a sampler can be called with tokens, k and these options."""
+    function = sampler.forward if isinstance(sampler, nn.Module) else sampler
     try:
-        inspect.signature(sampler).bind(None, None, is_patch=None)
-    except (TypeError, ValueError):  # no such argument, or no signature at all
+        inspect.signature(function).bind(None, 0, **options)
+    except TypeError:
         return False
+    except ValueError:  # a function that is not written in Python may have no signature
+        return not options
     return True
+
+
+def find_fault(keep_indices: Tensor, num_patches: int, is_patch: Tensor | None = None) -> str | None:
+    """What is wrong with the indices that a sampler returned, in words; on a GPU this waits for them.
+
+    Args:
+        keep_indices: (B, k) int64.
+        num_patches: Patch tokens of an image, N.
+        is_patch: (B, N) bool, False for padding.
+    """
+    ordered = keep_indices.sort(dim=1).values
+    lowest, highest, num_repeated = torch.stack(
+        (ordered.min(), ordered.max(), (ordered[:, 1:] == ordered[:, :-1]).sum())
+    ).tolist()
+    if lowest < 0 or highest >= num_patches:
+        return f"indices from 0 to {num_patches - 1}, got {lowest} to {highest}"
+    if num_repeated:
+        return f"each index at most once per image, got {num_repeated} again"
+    if is_patch is not None:
+        is_missed = is_patch.gather(1, keep_indices).sum(dim=1) < is_patch.sum(dim=1).clamp(max=keep_indices.shape[1])
+        if is_missed.any():
+            return "padding only where an image has no more patches, got padding in place of patches"
+    return None
 
 
 def describe(setting: object) -> str:
@@ -112,6 +144,15 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.reshape(B * N, C).index_select(0, (first_rows + indices).flatten()).view(B, -1, C)
 
 
+def set_in_forward(module: nn.Module, **attributes: object) -> None:
+    """Set attributes of a module in a forward pass.
+
+    `torch.export` with `strict=True` refuses a plain assignment of a tensor there, but not this.
+    """
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
 class PatchSampler(nn.Module):
     """Keeps a share of an image's patch tokens; the module that `apply_patch_sampling` puts into a model.
 
@@ -120,7 +161,7 @@ class PatchSampler(nn.Module):
 
     Args:
         sampler: `magnitude`, `l2_magnitude`, `random`, or a function of the patch tokens
-            `(tokens (B, N, C), k) -> keep_indices (B, k)`.
+            `(tokens (B, N, C), k) -> keep_indices (B, k)`; see the module on what is checked of its results.
         num_prefix_tokens: Tokens before the first patch token; they always stay.
         keep_rate: Share of the tokens kept in training, in (0, 1].
         eval_keep_rate: Share of the tokens kept in evaluation and prediction, in (0, 1].
@@ -153,7 +194,8 @@ class PatchSampler(nn.Module):
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
         """Set the sampler and both keep rates, as the constructor does."""
         self._sample = resolve_sampler(sampler)
-        self._takes_is_patch = _takes_is_patch(self._sample)
+        self._takes_is_patch = _takes(self._sample, is_patch=None)
+        self._checked: set[int] = set()  # the k whose first indices have been read
         self.sampler = sampler
         self.keep_rate = keep_rate
         self.eval_keep_rate = eval_keep_rate
@@ -206,12 +248,13 @@ class PatchSampler(nn.Module):
             `keep_indices`, (B, k), or None where all tokens stay.
 
         Raises:
-            ValueError: The sampler returned another shape, or takes no `is_patch` and the images are padded.
+            InputError: The sampler returned something else, or takes no `is_patch` and the images are padded.
         """
-        B, num_patches, _ = patch_tokens.shape
+        num_patches = patch_tokens.shape[1]
+        if isinstance(num_patches, Tensor):  # in torch.jit.trace, whose graph is for one number of tokens
+            num_patches = int(num_patches)
         k = num_keep(self.current_keep_rate, num_patches, self.num_prefix_tokens)
-        self.num_tokens = self.num_prefix_tokens + k
-        self.keep_indices = None
+        set_in_forward(self, num_tokens=self.num_prefix_tokens + k, keep_indices=None)
         if k == num_patches:
             return None
         if is_patch is None:
@@ -221,18 +264,43 @@ class PatchSampler(nn.Module):
         else:
             raise InputError("must take is_patch (B, N) for images with padding, as in (tokens, k, is_patch=None), "
                              f"got {describe(self.sampler)}", key="sampler")
-        if keep_indices.shape != (B, k):
-            raise ValueError(f"sampler must return keep_indices of shape {(B, k)}, got {tuple(keep_indices.shape)}")
-        self.keep_indices = keep_indices
+        if not isinstance(self.sampler, str):
+            self._check(keep_indices, patch_tokens, k, is_patch)
+        set_in_forward(self, keep_indices=keep_indices)
         return keep_indices
+
+    def _check(self, keep_indices: object, patch_tokens: Tensor, k: int, is_patch: Tensor | None) -> None:
+        """Check what a sampler of one's own returned."""
+        B, num_patches, _ = patch_tokens.shape
+        fault = None
+        if not isinstance(keep_indices, Tensor):
+            fault = f"a tensor, got {type(keep_indices).__name__}"
+        elif keep_indices.shape != (B, k):
+            fault = f"keep_indices of shape {(B, k)}, got {tuple(keep_indices.shape)}"
+        elif keep_indices.dtype != torch.int64:
+            fault = f"int64 indices, got {keep_indices.dtype}"
+        elif keep_indices.device != patch_tokens.device:
+            fault = f"indices on {patch_tokens.device}, got {keep_indices.device}"
+        elif not torch.compiler.is_compiling() and k not in self._checked:
+            is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+            # tensors without values are of a class of their own, or meta
+            if not is_traced and type(keep_indices) is Tensor and not keep_indices.is_meta:
+                fault = find_fault(keep_indices, num_patches, is_patch)
+                self._checked.add(k)
+        if fault is not None:
+            raise InputError(f"must return {fault} from {describe(self.sampler)}", key="sampler")
 
     def kept_positions(self) -> Tensor | None:
         """Positions of the kept tokens in the input of the last forward pass: (B, P + k), or None if all were kept."""
         return None if self.keep_indices is None else self._to_positions(self.keep_indices)
 
     def _to_positions(self, keep_indices: Tensor) -> Tensor:
-        prefix = torch.arange(self.num_prefix_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+        prefix = torch.arange(self.num_prefix_tokens, device=keep_indices.device).expand(keep_indices.shape[0], -1)
         return torch.cat((prefix, keep_indices + self.num_prefix_tokens), dim=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has seen no tokens; and what torch.export leaves in these attributes does not pickle
+        return self.__dict__ | {"keep_indices": None, "num_tokens": None}
 
     def extra_repr(self) -> str:
         return (f"sampler={describe(self.sampler)}, num_prefix_tokens={self.num_prefix_tokens}, "

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from pss_composer.sampling import PatchSampler
+from pss_composer.sampling import PatchSampler, set_in_forward
 from pss_composer.surgery.edits import Extension, WholeGrid, extend, put
 from pss_composer.surgery.timm.bias import KeptPairs, gather_bias
 
@@ -37,7 +37,7 @@ class BiasOfBlock(Extension):
     pairs: Tensor | None
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Any:
-        self.pairs = shared_rel_pos_bias
+        set_in_forward(self, pairs=shared_rel_pos_bias)
         return super().forward(x)
 
     def _get_rel_pos_bias(self) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor
 
-from pss_composer.sampling import PatchSampler, gather_tokens
+from pss_composer.sampling import PatchSampler, gather_tokens, set_in_forward
 from pss_composer.surgery.edits import Extension, WholeGrid, extend, put
 from pss_composer.surgery.timm.bias import KeptPairs, gather_bias
 
@@ -46,7 +46,7 @@ class AttentionOfPairs(Extension):
     rel_pos: Any
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Any:
-        self.rel_pos.pairs = shared_rel_pos
+        set_in_forward(self.rel_pos, pairs=shared_rel_pos)
         return super().forward(x)
 
 
