@@ -47,8 +47,9 @@ def find_embeddings(model: Any) -> Any:
 def count_prefix_tokens(model: Any) -> int:
     """Class, distillation and register tokens, of which the embeddings have a parameter each."""
     embeddings = find_embeddings(model)
-    tokens = (getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens"))
-    return sum(each.shape[1] for each in tokens if each is not None) + hasattr(embeddings, "class_embedding")
+    names = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+    tokens = [getattr(embeddings, name, None) for name in names]
+    return sum(int(each.numel() // each.shape[-1]) for each in tokens if each is not None)
 
 
 PLAIN = (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pss_composer.sampling import PatchSampler
 from pss_composer.surgery.edits import Extension, extend, put
+from pss_composer.surgery.transformers.bias import BiasOfLayer, LayerWithBias, SharedBias
 
 
 def fit_beit(beit: Any, sampler: PatchSampler) -> None:
@@ -59,7 +60,8 @@ class ModelOfLayers(Extension):
 
     def forward(self, pixel_values: Any, bool_masked_pos: Any = None, interpolate_pos_encoding: Any = False,
                 attention_mask: Any = None, **kwargs: Any) -> Any:
-        self.embeddings.kept = kept = []
+        kept: list[Tensor | None] = []
+        self.embeddings.kept = kept
         return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask,
                                kept_positions=kept, **kwargs)
 
@@ -74,64 +76,3 @@ class KeptPositions(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor | None]:
         """The positions of the kept tokens, (B, P + k) int64, or None if all were kept."""
         return [self.sampler.kept_positions()]
-
-
-class LayerWithBias(Extension):
-    """A layer that puts the positions of the kept tokens where its own bias is."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = "kept_positions" if "kept_positions" in kwargs else "relative_position_bias"
-        [self.find_bias().positions] = kwargs.pop(name, [None])
-        return super().forward(*args, **kwargs)
-
-    def find_bias(self) -> Any:
-        owner = self if hasattr(self, "relative_position_bias") else self.attention.attention
-        return owner.relative_position_bias
-
-
-class BiasOfLayer(Extension):
-    """A layer's bias at the positions that its layer has put here for this forward pass."""
-
-    positions: Tensor | None
-
-    def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Any:
-        positions, self.positions = self.positions, None
-        if positions is None:
-            return super().forward(window_size, interpolate_pos_encoding, dim_size)
-        bias = super().forward(window_size, interpolate_pos_encoding, count_tokens(window_size))
-        return select_pairs(bias, positions)
-
-
-class SharedBias(Extension):
-    """The bias of all layers at the kept positions."""
-
-    patch_sampler: PatchSampler
-
-    def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Any:
-        positions = self.patch_sampler.kept_positions()
-        if positions is None:
-            return super().forward(window_size, interpolate_pos_encoding, dim_size)
-        bias = super().forward(window_size, interpolate_pos_encoding, count_tokens(window_size))
-        return select_pairs(bias, positions)
-
-
-def count_tokens(window_size: Any) -> Any:
-    """Tokens of an image before sampling: to as many a bias is interpolated."""
-    return window_size[0] * window_size[1] + 1
-
-
-def select_pairs(bias: Tensor, positions: Tensor) -> Tensor:
-    """The bias of each pair of kept tokens.
-
-    Args:
-        bias: Of each pair of tokens, (1, heads, T, T).
-        positions: Of the kept tokens, (B, t) int64.
-
-    Returns:
-        (B, heads, t, t).
-    """
-    _, num_heads, T, _ = bias.shape
-    B, t = positions.shape
-    pairs = (positions.unsqueeze(2) * T + positions.unsqueeze(1)).flatten()
-    # the gradient of index_select is added up in one bias, that of gather in B of them
-    return bias.reshape(num_heads, T * T).index_select(1, pairs).view(num_heads, B, t, t).transpose(0, 1)

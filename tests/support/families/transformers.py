@@ -2,9 +2,14 @@
 
 import torch
 import transformers
-from composer.models import HuggingFaceModel
-from support.families.family import Family, random_images
 from torch.nn.functional import normalize
+
+from support.families.family import Family, random_images
+
+try:
+    from composer.models import HuggingFaceModel
+except ImportError:  # make test-versions also tests without Composer
+    HuggingFaceModel = None
 
 IS_4 = transformers.__version__.startswith("4.")
 VISION = dict(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -113,8 +118,9 @@ FAMILIES = {
                                 blocks="dinov2_with_registers.encoder.layer",
                                 unused=["dinov2_with_registers.embeddings.mask_token"]),
     "hf_dinov3": _family(
-        lambda: build("DINOv3ViTModel", num_register_tokens=4, pos_embed_rescale=None), lambda model, tokens: tokens[:, 0], 5,
-        tower=lambda model: model, run=lambda model, images: model(images).pooler_output, has_bias=True,
+        lambda: build("DINOv3ViTModel", num_register_tokens=4, pos_embed_rescale=None),
+        lambda model, tokens: tokens[:, 0], 5, tower=lambda model: model, has_bias=True,
+        run=lambda model, images: model(images).pooler_output,
         blocks="layer" if IS_4 else "model.layer", unused=frozenset({"embeddings.mask_token"})),
     "hf_beit": _vit("Beit", pool, blocks=f"beit.{LAYERS}", drop_path_rate=0.0),
     "hf_beit_own_bias": _vit("Beit", pool, blocks=f"beit.{LAYERS}", drop_path_rate=0.0,
@@ -144,3 +150,5 @@ FAMILIES = {
         run=lambda model, images: model(dict(pixel_values=images)).logits,
         blocks=f"model.vit.{LAYERS}", checkpoint=lambda model: checkpoint(model.model)),
 }
+if HuggingFaceModel is None:
+    del FAMILIES["hf_composer"]
