@@ -5,13 +5,15 @@
 # make test    run the tests; make test-quick leaves out those that are slow
 # make lint    ruff and the type checker
 # make test-package    build wheel and sdist and try both
+# make test-versions    the tests of model families and trainers, with the newest libraries and no Composer, in an
+#              environment of its own in .versions/newest (7 GB), and with the lowest supported over this one
 # Each sets up a virtual environment in .venv first, unless it is there and up to date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-pretrain test test-quick test-package lint clean
+.PHONY: setup demo demo-pretrain test test-quick test-package test-versions lint clean
 
 setup: $(READY)
 
@@ -72,5 +74,23 @@ test-package: $(READY)
 	tar -xzf dist/*.tar.gz -C .package
 	cd .package/pss_composer-* && ../../$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
+# transformers is at its lowest in .venv, whose Composer pins the torch that goes with it, and at its newest in the other
+NEWEST := "torch>=2.8" torchvision timm "transformers>=5,<6" "open_clip_torch<4" "lightning<3" accelerate \
+	"pytest>=8,<10" pytest-xdist scikit-image scipy
+LOWEST := timm==1.0.31 open_clip_torch==2.32.0 lightning==2.5.0
+VERSIONED := tests/test_schedules.py tests/test_sampling.py tests/surgery tests/integrations
+PYTEST_VERSIONED := -m pytest $(VERSIONED) --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-versions: $(READY)
+	rm -rf .versions && mkdir .versions
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .versions/lowest $(LOWEST)
+	@echo "== The lowest versions: $(LOWEST)"
+	PYTHONPATH=.versions/lowest $(BIN)/python $(PYTEST_VERSIONED)
+	$(PYTHON) -m venv .versions/newest
+	.versions/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
+	@echo "== The newest versions, without Composer"
+	.versions/newest/bin/python -m pip list --disable-pip-version-check
+	.versions/newest/bin/python $(PYTEST_VERSIONED)
+
 clean:
-	rm -rf .venv .package build dist runs demo demo-pretrain data *.egg-info
+	rm -rf .venv .versions .package build dist runs demo demo-pretrain data *.egg-info
