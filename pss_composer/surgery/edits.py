@@ -70,11 +70,16 @@ class SampledOutput(Extension):
 
 
 class WholeGrid(Extension):
-    """A ViT whose `forward_intermediates` puts tokens onto their grid, (B, C, H, W), for which it needs all of them."""
+    """A ViT whose `forward_intermediates` puts tokens onto their grid, (B, C, H, W), for which it needs all of them.
+
+    timm's `features_only` models and `get_intermediate_layers` call it, too. With `output_fmt="NLC"` it needs no grid:
+    the tokens are then the kept ones, in the order of `PatchSampler.keep_indices`.
+    """
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("output_fmt", "NCHW") == "NCHW":
-            require_all_tokens(self, "forward_intermediates puts all tokens onto their grid")
+            require_all_tokens(self, "forward_intermediates puts all tokens onto their grid, "
+                               'as does features_only (output_fmt="NLC" does not)')
         return super().forward_intermediates(*args, **kwargs)
 
 
