@@ -60,7 +60,7 @@ class PatchSamplingSchedule(ScheduledSampling, Algorithm):
         if event == Event.INIT:
             _check_combination(state)
             patch_sampler = apply_patch_sampling(state.model, sampler=self.sampler)
-            _loans.pop(patch_sampler, None)
+            _loans.pop(patch_sampler, None)  # its keep rates are 1 until this trainer's loan begins
             slot = next(name for name, module in state.model.named_modules() if module is patch_sampler)
             log.info("Patch sampling in %s: %s", slot, patch_sampler)
             logger.log_hyperparameters({"pss/slot": slot, "pss/algorithm": repr(self)})
@@ -139,7 +139,7 @@ def read_progress(state: State) -> Progress:
     """
     batches_per_epoch = None if state.dataloader_len is None else int(state.dataloader_len)
     samples = count_samples(state.dataloader, batches_per_epoch)
-    samples_per_batch, samples_per_epoch = (count and count * dist.get_world_size() for count in samples)
+    samples_per_batch, samples_per_epoch = (each and each * dist.get_world_size() for each in samples)
 
     def count(number: int, unit: str) -> float:
         return count_batches(f"{number}{unit}", batches_per_epoch, samples_per_batch, None, samples_per_epoch)

@@ -52,7 +52,7 @@ def test_the_loss_and_the_keep_rate_of_a_batch_are_logged_at_the_same_step():
 @pytest.mark.parametrize("module", [nn.Linear(4, 4), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())])
 def test_a_model_that_is_no_vit(module):
     model = ComposerClassifier(module, num_classes=4)
-    with pytest.raises(TypeError, match="no patch sampling slot known for "):
+    with pytest.raises(TypeError, match="cannot drop patch tokens in .*ComposerClassifier"):
         build_trainer(PatchSamplingSchedule(), model=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.01))
 
 
