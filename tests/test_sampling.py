@@ -1,6 +1,9 @@
 """Samplers, counts and the module, by hand; and the reference vectors."""
 
+import copy
 import json
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ from safetensors import safe_open
 from support.models import build_model, random_images
 from support.paths import VECTORS
 from timm.models.beit import Beit
+from torch import nn
 
 from pss_composer import PatchSampler, apply_patch_sampling
+from pss_composer.pretraining.stratified import StratifiedSampler
 from pss_composer.sampling import gather_tokens, num_keep, resolve_sampler
 
 REFERENCE = safe_open(VECTORS / "pss_vit_vectors.safetensors", framework="pt")
@@ -154,10 +159,131 @@ def test_extra_repr_has_no_address():
         (lambda: PatchSampler(keep_rate=0.0), r"keep_rate must be a number in \(0, 1\], got 0.0"),
         (lambda: PatchSampler(eval_keep_rate=1.2), r"eval_keep_rate must be a number in \(0, 1\], got 1.2"),
         (lambda: setattr(PatchSampler(), "keep_rate", -1), r"keep_rate must be a number in \(0, 1\], got -1"),
-        (lambda: PatchSampler(lambda tokens, k: torch.zeros(1, k), keep_rate=0.5)(torch.zeros(2, 9, 4)),
-         r"sampler must return keep_indices of shape \(2, 3\), got \(1, 3\)"),
+        (lambda: PatchSampler(None), "sampler must be one of .*, got None"),
+        (lambda: PatchSampler(StratifiedSampler), "sampler must be one of .* or a function .*, got <class "),
+        (lambda: PatchSampler(lambda tokens: tokens), r"sampler must be .* function \(tokens, k\) -> keep_ind.*, got"),
+        (lambda: PatchSampler(keep_rate=torch.tensor(2.0)), r"keep_rate must be a number in \(0, 1\], got tensor"),
     ],
 )
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_keep_rates_are_stored_as_floats():
+    sampler = PatchSampler(keep_rate=torch.tensor(0.5), eval_keep_rate=1)
+    assert [type(rate) for rate in (sampler.keep_rate, sampler.eval_keep_rate)] == [float, float]
+    assert sampler(torch.randn(1, 9, 4)).shape == (1, 4, 4)  # half of 9 tokens, ties to even
+
+
+def first(tokens, k, is_patch=None):
+    return torch.arange(k).expand(len(tokens), k)
+
+
+class Counting(nn.Module):
+    def forward(self, tokens, k):
+        return first(tokens, k)
+
+
+@pytest.mark.parametrize("sampler", [first, partial(first, is_patch=None), Counting(), lambda *inputs: first(*inputs)])
+def test_what_may_be_a_sampler(sampler):
+    patch_sampler = PatchSampler(sampler, keep_rate=0.5)
+    assert patch_sampler(torch.randn(2, 9, 4)).shape == (2, 4, 4)
+    assert patch_sampler.keep_indices.tolist() == [[0, 1, 2]] * 2
+
+
+def returning(value):
+    def sample(tokens, k):
+        return value
+
+    return sample
+
+
+RIGHT = torch.tensor([[0, 1, 7], [2, 4, 3]])
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (None, "a tensor, got NoneType"),
+        ((RIGHT, RIGHT), "a tensor, got tuple"),
+        (RIGHT.tolist(), "a tensor, got list"),
+        (RIGHT.numpy(), "a tensor, got ndarray"),
+        (RIGHT[:1], r"keep_indices of shape \(2, 3\), got \(1, 3\)"),
+        (RIGHT[:, :2], r"keep_indices of shape \(2, 3\), got \(2, 2\)"),
+        (RIGHT.flatten(), r"keep_indices of shape \(2, 3\), got \(6,\)"),
+        (RIGHT.float(), "int64 indices, got torch.float32"),
+        (RIGHT.int(), "int64 indices, got torch.int32"),
+        (RIGHT > 1, "int64 indices, got torch.bool"),
+        (RIGHT.to("meta"), "indices on cpu, got meta"),
+        (RIGHT - 1, "indices from 0 to 7, got -1 to 6"),
+        (RIGHT + 1, "indices from 0 to 7, got 1 to 8"),
+        (torch.tensor([[0, 1, 7], [2, 4, 2]]), "each index at most once per image, got 1 again"),
+    ],
+)
+def test_what_a_sampler_must_return(result, fault):
+    tokens = torch.randn(2, 9, 4)
+    PatchSampler(returning(RIGHT), keep_rate=0.5)(tokens)
+    with pytest.raises(ValueError, match=rf"^sampler must return {fault} from .*\.returning\.<locals>\.sample$"):
+        PatchSampler(returning(result), keep_rate=0.5)(tokens)
+
+
+def test_values_are_read_in_the_first_pass_with_each_k():
+    """Later passes do not wait for them on a GPU; a configured sampler is a new one."""
+    result = RIGHT.clone()
+    sampler = PatchSampler(lambda tokens, k: result[:, :k], keep_rate=0.5)
+    tokens = torch.randn(2, 9, 4)
+    sampler(tokens)
+    result[1, 1] = 2
+    sampler(tokens)
+    sampler.keep_rate = 0.3  # 3 of 9 tokens, so 2 patches
+    with pytest.raises(ValueError, match="each index at most once per image"):
+        sampler(tokens)
+    sampler.configure(sampler.sampler, keep_rate=0.5, eval_keep_rate=1.0)
+    with pytest.raises(ValueError, match="each index at most once per image"):
+        sampler(tokens)
+
+
+def test_the_form_is_checked_in_every_pass():
+    result = [RIGHT]
+    sampler = PatchSampler(lambda tokens, k: result[0], keep_rate=0.5)
+    sampler(torch.randn(2, 9, 4))
+    result[0] = RIGHT.float()
+    with pytest.raises(ValueError, match="int64 indices, got torch.float32"):
+        sampler(torch.randn(2, 9, 4))
+
+
+def test_tensors_without_values_pass():
+    def last(tokens, k):
+        return tokens.new_ones(len(tokens), k, dtype=torch.int64).cumsum(dim=1)
+
+    sampler = PatchSampler(last, keep_rate=0.5)
+    assert sampler(torch.zeros(2, 9, 4, device="meta")).shape == (2, 4, 4)
+    with torch._subclasses.FakeTensorMode():
+        assert sampler(torch.zeros(2, 9, 4)).shape == (2, 4, 4)
+
+
+def test_padding():
+    """Of eight patches the first image has two, the second six; three stay."""
+    is_patch = torch.arange(8) < torch.tensor([[2], [6]])
+    tokens = torch.randn(2, 9, 4)
+    for name in ("magnitude", "l2_magnitude", "random"):
+        sampler = PatchSampler(name, keep_rate=0.5)
+        sampler(tokens, is_patch)
+        kept = is_patch.gather(1, sampler.keep_indices)
+        assert kept.sum(dim=1).tolist() == [2, 3]
+    assert PatchSampler(first, keep_rate=0.5)(tokens, is_patch).shape == (2, 4, 4)
+    rule = "sampler must return padding only where an image has no more patches, got padding in place of patches from "
+    with pytest.raises(ValueError, match=rule):
+        PatchSampler(lambda tokens, k, is_patch=None: RIGHT.clamp(min=1), keep_rate=0.5)(tokens, is_patch)
+    for unaware in (lambda tokens, k: RIGHT, lambda tokens, k, temperature=1.0: RIGHT, Counting()):
+        with pytest.raises(ValueError, match=r"^sampler must take is_patch \(B, N\) for images with padding, .*, got "):
+            PatchSampler(unaware, keep_rate=0.5)(tokens, is_patch)
+
+
+def test_a_copy_has_seen_no_tokens():
+    sampler = PatchSampler(keep_rate=0.5)
+    sampler(torch.randn(2, 9, 4))
+    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert (twin.keep_indices, twin.num_tokens, twin.keep_rate) == (None, None, 0.5)
+    assert sampler.keep_indices is not None and sampler.num_tokens == 4
