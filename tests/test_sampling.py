@@ -275,7 +275,7 @@ def test_padding():
     assert PatchSampler(first, keep_rate=0.5)(tokens, is_patch).shape == (2, 4, 4)
     rule = "sampler must return padding only where an image has no more patches, got padding in place of patches from "
     with pytest.raises(ValueError, match=rule):
-        PatchSampler(lambda tokens, k, is_patch=None: RIGHT.clamp(min=1), keep_rate=0.5)(tokens, is_patch)
+        PatchSampler(lambda tokens, k, is_patch=None: RIGHT + (RIGHT == 1), keep_rate=0.5)(tokens, is_patch)
     for unaware in (lambda tokens, k: RIGHT, lambda tokens, k, temperature=1.0: RIGHT, Counting()):
         with pytest.raises(ValueError, match=r"^sampler must take is_patch \(B, N\) for images with padding, .*, got "):
             PatchSampler(unaware, keep_rate=0.5)(tokens, is_patch)
