@@ -81,6 +81,7 @@ class IndexedClassifier(LibraryClassifier):
 
         def find_layer(name: str) -> int:
             if name.startswith(prefix):
+                # torchvision calls its blocks encoder_layer_0 and so on
                 return 1 + int(name.removeprefix(prefix).split(".")[0].removeprefix("encoder_layer_"))
             if self.is_head(name.removeprefix("module.")):
                 return 1 + len(blocks)

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 from pss_composer.models.library import (
     IndexedClassifier,
     find_nearest,
@@ -50,9 +50,13 @@ def build(settings: ModelSettings, *, has_weights: bool) -> TorchvisionClassifie
         hint = find_nearest(name, known, prefix="torchvision/")
         raise InputError(f"must be a ViT of torchvision, got 'torchvision/{name}'{hint}", key="name")
     with reporting_misfits(settings):
-        vit = torchvision.models.get_model(
-            name, num_classes=settings.num_classes, image_size=settings.image_size, **(settings.arguments or {})
-        )
+        try:
+            vit = torchvision.models.get_model(
+                name, num_classes=settings.num_classes, image_size=settings.image_size, **(settings.arguments or {})
+            )
+        except AssertionError as error:  # the one thing that it asserts
+            raise InputError(f"must be a size of images that torchvision/{name} takes, got {settings.image_size}: "
+                             f"{to_line(error)}", key="image_size") from error
     model = TorchvisionClassifier(vit, settings.num_classes)
     model.patch_size = vit.patch_size
     if settings.pretrained:

@@ -41,7 +41,7 @@ def build_model(settings: ModelSettings, *, run_folder: Path | None = None) -> C
         InputError: A library does not know the model, or its arguments, or cannot give its weights.
     """
     if settings.library is not None:
-        if run_folder is not None and (run_folder / CONFIG_FILE).is_file():
+        if run_folder is not None and settings.library == "hf" and (run_folder / CONFIG_FILE).is_file():
             settings = replace(settings, name=f"hf/{run_folder}")
         with name_keys(lambda key: f"model.{key}"):
             return build_library_model(settings, has_weights=run_folder is None)

@@ -204,7 +204,8 @@ def _load_weights(model: ComposerModel, recipe: Recipe, downloads: Path) -> str 
             with name_keys(lambda _: "model.pretrained"):
                 account = load_pretrained(model, str(pretrained))
         if dist.get_global_rank() == 0:
-            print(f"model.pretrained={pretrained}\n{account}{compare_normalization(model, recipe)}", flush=True)
+            shown = "true" if pretrained is True else pretrained
+            print(f"model.pretrained={shown}\n{account}{compare_normalization(model, recipe)}", flush=True)
     if recipe.load_path is None:
         return None
     if "://" in recipe.load_path:

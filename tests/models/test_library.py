@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import huggingface_hub
 import pytest
@@ -9,6 +10,7 @@ import timm
 import torch
 import transformers
 from composer import Callback
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from support.library import (
     FORMATS,
@@ -23,7 +25,7 @@ from support.library import (
     smoke_library,
 )
 from support.models import random_images
-from support.recipes import HF_CONFIG, read_log, split
+from support.recipes import HF_CONFIG, read_log, smoke, split
 from support.recipes import train_by_command as main
 from timm.models import _registry
 from torchvision.models._api import Weights, WeightsEnum, register_model
@@ -167,7 +169,7 @@ def test_pretrained_by_timm(tmp_path, monkeypatch, capsys):
     assert torch.equal(model.module.blocks[1].attn.qkv.weight, original.blocks[1].attn.qkv.weight)
     assert model.module.head.weight.shape == (7, 16)
     assert capsys.readouterr().out.splitlines() == [
-        "model.pretrained=True", f"loaded by timm: {TIMM}",
+        "model.pretrained=true", f"loaded by timm: {TIMM}",
         f"timm/{TIMM} was trained with augmentation.mean=[0.5, 0.5, 0.5] and augmentation.std=[0.5, 0.5, 0.5], the "
         "recipe has [0.4, 0.5, 0.6] and [0.5, 0.5, 0.5]",
     ]
@@ -244,8 +246,8 @@ BAD_INPUT = {
     "drop_path_hf": ("hf", ["model.drop_path=0.1"], "model.drop_path must be null for hf/"),
     "image_size": ("timm", ["model.image_size=30"], "model.image_size must be a multiple of the patch size 4 of timm/"
                    + TIMM + ", got 30"),
-    "image_size_torchvision": ("torchvision", ["model.image_size=30"], "model.name must be a model that takes the "
-                               "recipe's settings, image_size=30 among them, got 'torchvision/vit_tiny_pss': "),
+    "image_size_torchvision": ("torchvision", ["model.image_size=30"], "model.image_size must be a size of images "
+                               "that torchvision/vit_tiny_pss takes, got 30: Input shape indivisible by patch size!"),
     "swin": ("timm", ["model.name=timm/swin_tiny_patch4_window7_224", "model.arguments={{}}", "model.image_size=224"],
              "model.name must be a ViT that patch sampling fits into unless pss=null, got "
              "'timm/swin_tiny_patch4_window7_224': "),
@@ -288,6 +290,31 @@ def test_a_cnn_trains_on_all_of_its_pixels_and_is_not_evaluated_at_keep_rates(tm
     assert len([line for line in read_log(tmp_path) if "loss/train/total" in line]) == 2
     with pytest.raises(InputError, match="^run must be of a ViT that patch sampling fits into, .* is of timm/test_by"):
         load_run(tmp_path)
+
+
+def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "pss_composer.models.transformers", raising=False)
+    message = "error: model.name needs transformers, which is not installed: pip install transformers"
+    with pytest.raises(SystemExit) as exit_info:
+        main(smoke_library("hf", tmp_path / "run"))
+    assert exit_info.value.code == message
+
+
+def test_a_run_from_before_there_were_library_models_goes_on(tmp_path):
+    arguments = smoke("deit_small_224_pss", tmp_path, "autoresume=true")
+    main(arguments)
+    path = tmp_path / "recipe.yaml"
+    recipe = OmegaConf.load(path)
+    # as `ModelSettings` had it
+    expected = {"size": "small", "image_size": 32, "patch_size": 4, "num_classes": 7, "drop_path": 0.1, "embed_dim": 16,
+                "depth": 2, "num_heads": 2, "name": "deit", "pretrained": None, "is_distilled": False,
+                "relative_position_bias": False}
+    assert OmegaConf.to_container(recipe.model) == {**expected, "arguments": None}
+    recipe.model = expected
+    OmegaConf.save(recipe, path)
+    assert load_run(tmp_path).model.vit.embed_dim == 16
+    main(arguments)  # at its end: nothing to do, and nothing to refuse
 
 
 # --- what a run does with it ---------------------------------------------------------------------------------------
