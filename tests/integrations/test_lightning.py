@@ -173,6 +173,13 @@ def test_samples_are_counted_through_accumulation():
     assert model.tokens() == count_tokens([0.2] * 4 + [0.6] * 4 + [1.0] * 8)
 
 
+def test_the_shorter_of_two_lengths_ends_training():
+    callback = PatchSamplingCallback(Piecewise([("0ep", 0.2), ("0.5dur", 1.0)]))
+    for length in ({"max_steps": 4}, {"max_epochs": 1, "max_steps": 12, "limit_train_batches": 4}):
+        model, _ = train(callback, **length)
+        assert model.tokens() == count_tokens([0.2] * 2 + [1.0] * 2)
+
+
 def test_only_a_part_of_an_epoch_may_be_trained():
     model, _ = train(limit_train_batches=4)
     assert model.tokens() == count_tokens(CYCLE_OF_4 * 2)
@@ -241,6 +248,8 @@ def test_manual_optimization_counts_batches():
     assert model.tokens() == [tokens for tokens in count_tokens(CYCLE * 2) for _ in range(2)]
     assert [step for _, step, _ in model.seen] == list(range(32))
     assert logger.read("pss/keep_rate") == [(step, pytest.approx(rate)) for step, rate in enumerate(CYCLE * 2)]
+    model, _ = train(PatchSamplingCallback(Piecewise([("0ep", 0.2), ("0.75dur", 1.0)])), model=ManualClassifier())
+    assert model.tokens() == count_tokens([0.2] * 24 + [1.0] * 8)
     with pytest.raises(ValueError, match="^max_steps must be -1 under manual optimization, .* got 8$"):
         train(model=model, max_steps=8)
 
