@@ -105,9 +105,8 @@ def _export_library_model(
     if image_size is not None:
         raise InputError(f"must be left out for a run with {name}, got {image_size}", key="image_size")
     weights = read_weights(checkpoint, ema=ema, is_of_library=True)
-    tensors = weights.tensors
-    if ema:  # averages are of parameters alone, without buffers
-        tensors = read_weights(checkpoint, ema=False, is_of_library=True).tensors | tensors
+    # under EMA there are two sets of parameters, but buffers only in the model of the checkpoint
+    tensors = read_weights(checkpoint, is_of_library=True).tensors | weights.tensors
     metadata = {"format": "pt", "model": json.dumps(settings)}
     if is_folder:
         config = find_latest(checkpoint).parent / "config.json"

@@ -284,12 +284,15 @@ def test_weights_that_the_hub_does_not_give_are_one_line(tmp_path, monkeypatch):
 
 
 def test_a_cnn_trains_on_all_of_its_pixels_and_is_not_evaluated_at_keep_rates(tmp_path):
-    arguments = smoke_library("timm", tmp_path, "model.name=timm/test_byobnet", "model.patch_size=null", "pss=null",
-                              "model.image_size=32")
+    arguments = smoke_library("timm", tmp_path / "run", "model.name=timm/test_byobnet", "model.patch_size=null",
+                              "pss=null", "model.image_size=32", "ema.smoothing=0.5")
     main([each for each in arguments if not each.startswith("model.arguments.")])
-    assert len([line for line in read_log(tmp_path) if "loss/train/total" in line]) == 2
+    assert len([line for line in read_log(tmp_path / "run") if "loss/train/total" in line]) == 2
     with pytest.raises(InputError, match="^run must be of a ViT that patch sampling fits into, .* is of timm/test_by"):
-        load_run(tmp_path)
+        load_run(tmp_path / "run")
+    for ema in (False, True):  # one of the two is without buffers in the checkpoint
+        export_weights(tmp_path / "run", tmp_path / f"{ema}.safetensors", ema=ema)
+        timm.create_model("test_byobnet", num_classes=7).load_state_dict(load_file(tmp_path / f"{ema}.safetensors"))
 
 
 def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
@@ -303,12 +306,13 @@ def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 def test_a_run_from_before_there_were_library_models_goes_on(tmp_path):
     arguments = smoke("deit_small_224_pss", tmp_path, "autoresume=true")
+    arguments.remove("model.patch_size=4")  # 16 by default
     main(arguments)
     path = tmp_path / "recipe.yaml"
     recipe = OmegaConf.load(path)
     # as `ModelSettings` had it
-    expected = {"size": "small", "image_size": 32, "patch_size": 4, "num_classes": 7, "drop_path": 0.1, "embed_dim": 16,
-                "depth": 2, "num_heads": 2, "name": "deit", "pretrained": None, "is_distilled": False,
+    expected = {"size": "small", "image_size": 32, "patch_size": 16, "num_classes": 7, "drop_path": 0.1,
+                "embed_dim": 16, "depth": 2, "num_heads": 2, "name": "deit", "pretrained": None, "is_distilled": False,
                 "relative_position_bias": False}
     assert OmegaConf.to_container(recipe.model) == {**expected, "arguments": None}
     recipe.model = expected
