@@ -34,8 +34,8 @@ def _close_files_in_time():
 # files of tests that train, start processes or wait for servers; `make test-quick` leaves them out
 SLOW = (
     "training/test_distributed.py", "training/test_data_wait.py", "training/test_recipes.py", "training/test_runs.py",
-    "checkpoints/test_export.py", "evaluation/test_commands.py", "evaluation/test_pictures.py",
-    "models/test_library.py",
+    "checkpoints/test_export.py", "surgery/test_export.py", "evaluation/test_commands.py",
+    "evaluation/test_pictures.py", "models/test_library.py",
     "data/mds/test_cache.py", "data/mds/test_faults.py", "data/mds/test_resume.py", "data/mds/test_shared_memory.py",
     "data/mds/test_stores.py", "data/prepare/test_stops.py", "data/prepare/test_stores.py", "data/test_resume.py",
     "data/test_dataspec.py", "data/augmentation/test_distribution.py", "data/augmentation/test_operations.py",
