@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_towers_alone_compile_without_a_graph_break(name):
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(random_images()).last_hidden_state, model(random_images()).last_hidden_state)
+
+
+# the untouched Beit's, for the three numbers that it writes into its index of relative positions
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node with no underlying reference:UserWarning")
+@pytest.mark.filterwarnings("ignore:Additional . warnings suppressed about get_attr references:UserWarning")
+@pytest.mark.filterwarnings("ignore:Node .*lifted_tensor.* does not reference an nn.Module:UserWarning")
+@pytest.mark.parametrize("name", ["hf_beit_own_bias", "hf_data2vec", "hf_dinov3"])
+def test_a_model_whose_blocks_know_positions_exports_strictly(name):
+    model = build_model(name).eval()
+    apply_patch_sampling(model, eval_keep_rate=0.5)
+    program = torch.export.export(model, (random_images(),), strict=True)
+    torch.testing.assert_close(FAMILIES[name].run(program.module(), random_images()),
+                               FAMILIES[name].run(model, random_images()), atol=1e-5, rtol=1e-5)
+    pickle.dumps(model)
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "Siglip2Model"])

@@ -6,11 +6,11 @@ layers share. Activation checkpointing, which runs a layer again after other for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from pss_composer.sampling import PatchSampler
+from pss_composer.sampling import PatchSampler, set_in_forward
 from pss_composer.surgery.edits import Extension, extend, put
 from pss_composer.surgery.transformers.bias import BiasOfLayer, LayerWithBias, SharedBias
 
@@ -22,7 +22,7 @@ def fit_beit(beit: Any, sampler: PatchSampler) -> None:
         raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
     extend(sampler, beit.embeddings, SampledEmbeddings)
     put(sampler, beit.embeddings, "patch_sampler", sampler)
-    put(sampler, beit.embeddings, "kept", [])
+    put(sampler, beit.embeddings, "kept", None)
     # transformers 5 has Beit's layers and its shared bias in the model itself
     encoder = getattr(beit, "encoder", None)
     if is_shared:
@@ -38,20 +38,21 @@ def fit_beit(beit: Any, sampler: PatchSampler) -> None:
         put(sampler, encoder, "has_relative_position_bias", True)
     for layer in beit.layers if encoder is None else encoder.layer:
         extend(sampler, layer, LayerWithBias)
-        extend(sampler, layer.find_bias(), BiasOfLayer)
-        put(sampler, layer.find_bias(), "positions", None)
+        owner = layer if encoder is None else layer.attention.attention
+        extend(sampler, owner.relative_position_bias, BiasOfLayer)
 
 
 class SampledEmbeddings(Extension):
     """Beit's embeddings, which until transformers 4.57 return the size of the grid beside the tokens."""
 
     patch_sampler: PatchSampler
-    kept: list[Tensor | None]
+    kept: list[Tensor | None] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         tokens = self.patch_sampler(output[0] if isinstance(output, tuple) else output)
-        self.kept[:] = [self.patch_sampler.kept_positions()]
+        if self.kept is not None:
+            self.kept.append(self.patch_sampler.kept_positions())
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
@@ -61,18 +62,19 @@ class ModelOfLayers(Extension):
     def forward(self, pixel_values: Any, bool_masked_pos: Any = None, interpolate_pos_encoding: Any = False,
                 attention_mask: Any = None, **kwargs: Any) -> Any:
         kept: list[Tensor | None] = []
-        self.embeddings.kept = kept
-        return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask,
-                               kept_positions=kept, **kwargs)
+        set_in_forward(cast(nn.Module, self.embeddings), kept=kept)
+        output = super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask,
+                                 kept_positions=kept, **kwargs)
+        set_in_forward(cast(nn.Module, self.embeddings), kept=None)
+        return output
 
 
 class KeptPositions(nn.Module):
-    """transformers 4: stands where a bias of all layers would be."""
+    """transformers 4: the kept tokens' positions, (B, P + k) or None, where a bias of all layers would be."""
 
     def __init__(self, sampler: PatchSampler) -> None:
         super().__init__()
         self.sampler = sampler
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor | None]:
-        """The positions of the kept tokens, (B, P + k) int64, or None if all were kept."""
         return [self.sampler.kept_positions()]
