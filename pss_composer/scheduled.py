@@ -38,7 +38,7 @@ class ScheduledSampling:
     ) -> None:
         self.schedule = Cyclic() if schedule is None else check_schedule(schedule)
         self.sampler = sampler
-        self.eval_keep_rate = eval_keep_rate
+        self.eval_keep_rate = check_keep_rate(eval_keep_rate, "eval_keep_rate")
         PatchSampler(sampler, eval_keep_rate=eval_keep_rate)  # so that a bad argument raises here, not in training
 
     def apply_to(self, model: nn.Module) -> PatchSampler:
