@@ -262,7 +262,7 @@ def test_models_that_mask_window_or_pool_their_tokens_are_refused(name):
     config = getattr(transformers, name.split("For")[0].removesuffix("Model") + "Config")()
     with torch.device("meta"):
         model = model_class(config)
-    with pytest.raises(TypeError, match=rf"patch sampling .*transformers('s|') {name}|transformers.* {name}"):
+    with pytest.raises(TypeError, match=f"cannot drop patch tokens in transformers' {name}: "):
         apply_patch_sampling(model)
 
 
