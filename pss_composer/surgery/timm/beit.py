@@ -17,7 +17,7 @@ def fit_beit(beit: Beit, sampler: PatchSampler) -> None:
     attentions = [block.attn for block in beit.blocks]
     has_bias_per_block = attentions[0].relative_position_bias_table is not None
     if has_bias_per_block and beit.rel_pos_bias is not None:
-        raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
+        raise TypeError("cannot drop patch tokens in a Beit with both shared and own relative position biases")
     put(sampler, beit, "pos_drop", nn.Sequential(beit.pos_drop, sampler))
     extend(sampler, beit, WholeGrid)
     if has_bias_per_block:

@@ -19,7 +19,7 @@ def fit_beit(beit: Any, sampler: PatchSampler) -> None:
     """Sample the embeddings' output, and take each bias at the kept tokens."""
     has_own, is_shared = beit.config.use_relative_position_bias, beit.config.use_shared_relative_position_bias
     if has_own and is_shared:
-        raise TypeError("no patch sampling slot known for a Beit with both shared and own relative position biases")
+        raise TypeError("cannot drop patch tokens in a Beit with both shared and own relative position biases")
     extend(sampler, beit.embeddings, SampledEmbeddings)
     put(sampler, beit.embeddings, "patch_sampler", sampler)
     put(sampler, beit.embeddings, "kept", None)
