@@ -443,6 +443,7 @@ def test_samples_of_a_loader_without_a_batch_size():
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
+    pytest.importorskip("composer", reason="its launcher starts the processes")
     launch("tests/support/lightning_script.py", str(tmp_path), log=tmp_path / "log.txt")
     one, *ranks = lightning_script.train(1), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # of 4 steps an epoch, each two batches

@@ -16,8 +16,8 @@ def launch(*arguments: str, log: Path, timeout: float = 240.0) -> None:
     environment = {key: value for key, value in os.environ.items()
                    if key not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE",
                                   "LOCAL_WORLD_SIZE")}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
-                    "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", *arguments]
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,

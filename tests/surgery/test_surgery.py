@@ -201,11 +201,15 @@ def fit_without_edits(vit, sampler):
     vit.dropout = sampler
 
 
+def fit_without_sampler(vit, sampler):
+    put(sampler, vit, "dropout", nn.Identity())
+
+
 def fit_nothing(vit, sampler):
     pass
 
 
-@pytest.mark.parametrize("fit", [fit_nothing, fit_without_edits])
+@pytest.mark.parametrize("fit", [fit_nothing, fit_without_edits, fit_without_sampler])
 def test_a_fit_that_does_not_put_the_sampler_in_is_an_error(fit, registered):
     register_adapter(PooledViT, fit, num_prefix_tokens=0)
     with pytest.raises(TypeError, match="fit must put the sampler into PooledViT with a function of pss_composer.surg"):
