@@ -1,8 +1,8 @@
 """What a training step costs under patch sampling in four libraries' ViTs: `python -m benchmarks.families`.
 
 Forward and backward of DINOv2-S and DINOv3-S of timm, and of ViT-S of transformers and torchvision, with
-`apply_patch_sampling` at ρ = 0.6 and 0.2, against the limit: the untouched model whose tokens are cut to the same number
-by a slice, with no sampling at all. A second limit shows the noise. The method is that of `benchmarks.step_time`.
+`apply_patch_sampling` at ρ = 0.6 and 0.2, against the limit: the untouched model whose tokens are cut to the same
+number by a slice, with no sampling at all. A second limit shows the noise. The method is that of `benchmarks.step_time`.
 """
 
 from __future__ import annotations
@@ -133,18 +133,17 @@ def list_cases(name: str, device: torch.device) -> tuple[list[Case], dict[float,
     return cases, num_tokens
 
 
-def check_tokens(cases: list[Case], num_tokens: dict[float, int], images: Tensor) -> None:
-    """Fail unless every block of every case sees as many tokens as it should."""
-    for case in cases:
-        case.prepare()
-        counts: list[int] = []
-        hooks = [module.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].shape[1]))
-                 for module in case.model.modules() if getattr(module, "out_features", 0) == 4 * WIDTH]
-        with torch.no_grad():
-            case.model(images[:1])
-        for hook in hooks:
-            hook.remove()
-        assert counts == [num_tokens[case.keep_rate]] * DEPTH, (case.variant, case.keep_rate, counts)
+def check_tokens(case: Case, num_tokens: int, images: Tensor) -> None:
+    """Fail unless every block sees as many tokens as it should."""
+    case.prepare()
+    counts: list[int] = []
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].shape[1]))
+             for module in case.model.modules() if getattr(module, "out_features", 0) == 4 * WIDTH]
+    with torch.no_grad():
+        case.model(images[:1])
+    for hook in hooks:
+        hook.remove()
+    assert counts == [num_tokens] * DEPTH, (case.variant, case.keep_rate, counts)
 
 
 def benchmark_model(name: str, args: argparse.Namespace) -> list[list[str]]:
@@ -154,7 +153,8 @@ def benchmark_model(name: str, args: argparse.Namespace) -> list[list[str]]:
     images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     cases, num_tokens = list_cases(name, device)
-    check_tokens(cases, num_tokens, images)
+    for case in cases:
+        check_tokens(case, num_tokens[case.keep_rate], images)
     seconds = time_cases(cases, images, labels, args.rounds)
     rows = []
     for rate in KEEP_RATES:
@@ -189,8 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     load_before = os.getloadavg()[0]
     names = MODELS if args.model == "all" else (args.model,)
     rows = [row for name in names for row in benchmark_model(name, args)]
-    print(f"\n{IMAGE_SIZE} px, batch {args.batch_size}: medians of {args.rounds} rounds; load average {load_before:.1f} "
-          f"before, {os.getloadavg()[0]:.1f} after. The bar: pss / limit at most {MAX_RATIO}\n")
+    print(f"\n{IMAGE_SIZE} px, batch {args.batch_size}: medians of {args.rounds} rounds; load average "
+          f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after. The bar: pss / limit at most {MAX_RATIO}\n")
     print_table(["model", "ρ", "tokens", "pss / limit", "limit / limit", "bar"], rows)
     return 0
 
