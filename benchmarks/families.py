@@ -2,7 +2,7 @@
 
 Forward and backward of DINOv2-S and DINOv3-S of timm, and of ViT-S of transformers and torchvision, with
 `apply_patch_sampling` at ρ = 0.6 and 0.2, against the limit: the untouched model whose tokens are cut to the same
-number by a slice, with no sampling at all. A second limit shows the noise. The method is that of `benchmarks.step_time`.
+number by a slice, with no sampling at all. A second limit shows the noise. The method is that of `step_time`.
 """
 
 from __future__ import annotations
