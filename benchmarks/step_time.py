@@ -194,7 +194,7 @@ def benchmark_model(name: str, args: argparse.Namespace) -> None:
     flops = {}
     for case in pss_cases:
         case.prepare()
-        flops[case.keep_rate] = count_flops(case.model, images)
+        flops[case.keep_rate] = count_flops(case.model, images[:1])
 
     print(f"\n{TITLES[name]}, {args.size}, {args.image_size} px, batch {args.batch_size}: medians of {args.rounds} "
           f"rounds; load average {load_before:.1f} before, {load_after:.1f} after\n")

@@ -18,6 +18,7 @@ from pss_composer.checkpoints.reading import bad_checkpoint, find_latest, read_f
 from pss_composer.errors import InputError
 from pss_composer.models.shape import SIZES
 
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in names of the EMA's, under activation checkpointing
 CONTAINERS = ("model", "state_dict", "state")  # the keys that hold the weights; "state" is Composer's
 
 
@@ -64,7 +65,8 @@ def read_weights(checkpoint: str | Path, *, ema: bool | None = None, is_of_libra
     tensors: dict[str, Tensor] = {}
     dropped = []
     for original_name, tensor in state_dict.items():
-        name = original_name.removeprefix("module.") if is_of_library else timm_name(original_name)
+        plain_name = original_name.replace(CHECKPOINT_WRAPPER, "")
+        name = plain_name.removeprefix("module.") if is_of_library else timm_name(plain_name)
         if name.endswith("relative_position_index") and not is_of_library:
             dropped.append(original_name)
             continue

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from torch import Tensor
 from pss_composer.checkpoints.architecture import SHARED_TABLE
 from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
 from pss_composer.checkpoints.reading import bad_checkpoint
-from pss_composer.errors import to_line
+from pss_composer.errors import count_names, to_line
 
 if TYPE_CHECKING:
     from composer.models import ComposerModel
@@ -53,13 +51,7 @@ class Transfer:
             "loaded": self.loaded, "copied from the shared bias table": self.copied,
             "interpolated": self.interpolated, "dropped": self.dropped, "left at initial values": self.initial,
         }
-        lines = []
-        for title, names in account.items():
-            counts = Counter(re.sub(r"\b(blocks|layers?)\.(encoder_layer_)?\d+", r"\1.*", name) for name in names)
-            shown = [f"{name} ({count} x)" if count > 1 else name for name, count in counts.items()]
-            if names:
-                lines.append(f"{title}: {len(names)} ({', '.join(shown)})")
-        return "\n".join(lines)
+        return "\n".join(f"{title}: {len(names)} ({count_names(names)})" for title, names in account.items() if names)
 
 
 def load_pretrained(model: ComposerModel, checkpoint: str | Path) -> Transfer:

@@ -49,8 +49,9 @@ def count_flops(model: Callable[[Tensor], object], images: Tensor) -> int:
         model: Any module or function that takes images.
         images: (B, 3, H, W).
     """
-    # the counter does not know the CPU's fused attention, but it does know the matrix products that it is made of
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # the counter does not know the CPU's fused attention, but it does know the matrix products that it is made of;
+    # it fails without gradients where a parameter goes into a module, like the class token of CaiT
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops()
 

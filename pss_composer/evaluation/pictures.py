@@ -76,7 +76,7 @@ def plot_schedule(runs: Sequence[Run], path: str | Path, *, num_epochs: int = 3)
     keep_rates.step([(line["batch"] - 1) / per_epoch for line in last], [line["pss/keep_rate"] for line in last],
                     where="post")
     keep_rates.set(ylim=(0, 1.05), yticks=KEEP_RATES)
-    _finish(keep_rates, f"{run.name}: keep rate of the last {num_epochs} epochs", ylabel="keep rate ρ")
+    _finish(keep_rates, f"{run.name}: keep rate of the last epochs", ylabel="keep rate ρ")
     for keep_rate, means in sorted(mean_losses(lines).items()):
         color = matplotlib.colormaps["Blues"](0.2 + 0.8 * keep_rate)
         losses_at.plot(means.keys(), means.values(), ".-", color=color, label=f"ρ = {keep_rate}")

@@ -109,12 +109,20 @@ def build_library_model(settings: ModelSettings, *, has_weights: bool) -> Librar
         raise InputError(f"needs {LIBRARIES[library]}, which is not installed: pip install {error.name}",
                          key="name") from error
     model: LibraryClassifier = module.build(settings, has_weights=has_weights)
-    size, patch_size = settings.image_size, model.patch_size
-    if patch_size is not None and size % patch_size:
-        raise InputError(f"must be a multiple of the patch size {patch_size} of {settings.name}, got {size}",
-                         key="image_size")
+    check_image_size(settings, model.patch_size)
     _freeze_unused(model, settings)
     return model
+
+
+def check_image_size(settings: ModelSettings, patch_size: int | None) -> None:
+    """Check that whole patches make up an image; null, of an unknown patch size, allows every image.
+
+    Raises:
+        InputError: They do not.
+    """
+    if patch_size is not None and settings.image_size % patch_size:
+        raise InputError(f"must be a multiple of the patch size {patch_size} of {settings.name}, "
+                         f"got {settings.image_size}", key="image_size")
 
 
 def find_nearest(name: str, known: Collection[str], *, prefix: str = "") -> str:
@@ -185,6 +193,8 @@ def _freeze_unused(model: LibraryClassifier, settings: ModelSettings) -> None:
     model.eval()  # draws no random numbers
     try:
         logits = model((images, None))
+    except InputError:
+        raise
     except MISFITS as error:
         raise InputError(f"must be a size of images that {settings.name} takes, got {settings.image_size}: "
                          f"{to_line(error)}", key="image_size") from error

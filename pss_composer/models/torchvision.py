@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -12,11 +13,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from pss_composer.errors import InputError, to_line
+from pss_composer.errors import InputError
 from pss_composer.models.library import (
     IndexedClassifier,
+    check_image_size,
     find_nearest,
     reporting_download,
     reporting_misfits,
@@ -50,13 +52,16 @@ def build(settings: ModelSettings, *, has_weights: bool) -> TorchvisionClassifie
         hint = find_nearest(name, known, prefix="torchvision/")
         raise InputError(f"must be a ViT of torchvision, got 'torchvision/{name}'{hint}", key="name")
     with reporting_misfits(settings):
-        try:
-            vit = torchvision.models.get_model(
-                name, num_classes=settings.num_classes, image_size=settings.image_size, **(settings.arguments or {})
-            )
-        except AssertionError as error:  # the one thing that it asserts
-            raise InputError(f"must be a size of images that torchvision/{name} takes, got {settings.image_size}: "
-                             f"{to_line(error)}", key="image_size") from error
+        with torch.device("meta"):
+            named = torchvision.models.get_model(name)
+        arguments: dict[str, Any] = {
+            # what goes with the name; torchvision's function does not let any of it be replaced
+            "patch_size": named.patch_size, "hidden_dim": named.hidden_dim, "mlp_dim": named.mlp_dim,
+            "num_layers": len(named.encoder.layers), "num_heads": named.encoder.layers[0].num_heads,
+            "num_classes": settings.num_classes, "image_size": settings.image_size, **(settings.arguments or {}),
+        }
+        check_image_size(settings, arguments["patch_size"])  # torchvision would assert it
+        vit = VisionTransformer(**arguments)
     model = TorchvisionClassifier(vit, settings.num_classes)
     model.patch_size = vit.patch_size
     if settings.pretrained:

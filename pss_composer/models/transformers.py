@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from pss_composer.errors import InputError, to_line
+from pss_composer.errors import InputError, count_names, to_line
 from pss_composer.models.library import (
     CONFIG_FILE,
     IndexedClassifier,
@@ -28,6 +28,7 @@ from pss_composer.models.library import (
 from pss_composer.models.settings import ModelSettings
 
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
+HEAD = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
 
 class TransformersClassifier(IndexedClassifier):
@@ -39,16 +40,17 @@ class TransformersClassifier(IndexedClassifier):
         image_size: Height and width of the images, in pixels.
     """
 
-    HEAD = ("classifier.", "cls_classifier.", "distillation_classifier.")
-
     def __init__(self, module: Any, num_classes: int, image_size: int) -> None:
         super().__init__(module, num_classes)
         is_interpolated = getattr(_find_vision(module.config), "image_size", image_size) != image_size
-        parameters = inspect.signature(module.forward).parameters
+        parameters = inspect.signature(getattr(module, "body_class", type(module)).forward).parameters
         can_interpolate = "interpolate_pos_encoding" in parameters
         # the library interpolates positions in every forward pass; the weights stay those of its own image size
         self.options = {"interpolate_pos_encoding": True} if is_interpolated and can_interpolate else {}
         self.takes_patches = "spatial_shapes" in parameters  # SigLIP 2
+
+    def is_head(self, name: str) -> bool:
+        return is_head(name)
 
     def forward(self, batch: Any) -> Tensor:
         images, _ = batch
@@ -73,6 +75,11 @@ class TransformersClassifier(IndexedClassifier):
                 for name, weight in weights.items()}
 
 
+def is_head(name: str) -> bool:
+    """Whether a weight belongs to the task; so do the norms of mean pooling in BEiT and Data2Vec."""
+    return name.startswith(HEAD) or ".pooler." in name
+
+
 class PooledClassifier(nn.Module):
     """Mixin that makes of a vision model's `PreTrainedModel` one with a linear head on the pooled output."""
 
@@ -85,10 +92,24 @@ class PooledClassifier(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if module is self.classifier:  # CLIP leaves the memory of a linear layer that is not its own as it is
+            nn.init.normal_(self.classifier.weight, std=0.02)
+            nn.init.zeros_(self.classifier.bias)
+
     def forward(self, pixel_values: Tensor, **options: Any) -> ImageClassifierOutput:
-        """From images (B, 3, H, W) to an output with logits (B, classes)."""
+        """From images (B, 3, H, W) to an output with logits (B, classes).
+
+        Raises:
+            InputError: The model does not pool its tokens.
+        """
         body: Any = getattr(self, self.base_model_prefix)
-        return ImageClassifierOutput(logits=self.classifier(body(pixel_values, **options).pooler_output))
+        pooled = getattr(body(pixel_values, **options), "pooler_output", None)
+        if pooled is None:
+            raise InputError(f"must be a classifier or a model with a pooled output, {self.body_class.__name__} of "
+                             "transformers is neither", key="name")
+        return ImageClassifierOutput(logits=self.classifier(pooled))
 
 
 def build(settings: ModelSettings, *, has_weights: bool) -> TransformersClassifier:
@@ -99,6 +120,8 @@ def build(settings: ModelSettings, *, has_weights: bool) -> TransformersClassifi
         source = _find_source(settings) if has_weights else None
         with reporting_misfits(settings):
             model_class = _find_class(config)
+            # the exported folder says of itself what it is; the one that it came from may have had another head
+            config.architectures = [getattr(model_class, "body_class", model_class).__name__]
             module = model_class._from_config(config) if source is None else None
         loaded = None
         if source is not None:
@@ -163,8 +186,9 @@ def _find_class(config: Any) -> Any:
     if type(config) in classifiers:
         found = classifiers[type(config)]
         return found[0] if isinstance(found, tuple) else found
-    if type(config) not in models or models[type(config)].main_input_name != "pixel_values":
-        raise InputError(f"must be a vision model of transformers, got 'hf/{config.name_or_path}' with a "
+    is_of_images = type(config) in models and models[type(config)].main_input_name == "pixel_values"
+    if not is_of_images or hasattr(config, "num_frames"):  # which a model of videos has
+        raise InputError(f"must be an image model of transformers, got 'hf/{config.name_or_path}' with a "
                          f"{type(config).__name__}", key="name")
     body_class = models[type(config)]
     family = next(each for each in body_class.__mro__[1:] if each.__module__ == body_class.__module__)
@@ -210,12 +234,12 @@ def _load(model_class: Any, source: str, config: Any, settings: ModelSettings) -
     # transformers 5 also gives the shapes
     mismatched = {entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]}
     initial = sorted({*info["missing_keys"], *mismatched})
-    bad = next((name for name in initial if not name.startswith(TransformersClassifier.HEAD)), None)
+    bad = next((name for name in initial if not is_head(name)), None)
     if bad is not None:
         finding = f"has another shape at {bad}" if bad in mismatched else f"has no {bad}"
         raise InputError(f"must be of the model's architecture, {source} {finding}", key="pretrained")
     lines = [f"loaded by transformers: {len(module.state_dict()) - len(initial)} weights from {source}"]
-    lines += [f"{title}: {len(names)} ({', '.join(names)})" for title, names in
+    lines += [f"{title}: {len(names)} ({count_names(names)})" for title, names in
               (("dropped", sorted(info["unexpected_keys"])), ("left at initial values", initial)) if names]
     return module, "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Evaluation at each keep rate, and FLOP shares against the paper's."""
 
 import pytest
+import timm
 import torch
 
 from pss_composer import apply_patch_sampling
@@ -29,6 +30,14 @@ def test_flop_shares_are_the_papers(model, image_size, shares):
     for keep_rate, share in shares.items():
         with sampler.evaluating_at(keep_rate):
             assert count_flops(vit, images) / at_one == pytest.approx(share, abs=0.003)
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "vit_base_patch16_siglip_224"])
+def test_flops_are_counted_where_a_parameter_goes_into_a_module(name):
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=7, depth=2, embed_dim=48, num_heads=2)
+        images = torch.zeros(2, 3, 224, 224)
+    assert count_flops(vit, images) == 2 * count_flops(vit, images[:1]) > 0
 
 
 def test_evaluate_run_is_right_at_every_keep_rate(runs):

@@ -212,6 +212,16 @@ def test_pretrained_by_torchvision(tmp_path, monkeypatch):
     assert model.normalization.mean == (0.485, 0.456, 0.406) and "TinyWeights" in model.loaded
 
 
+def test_arguments_replace_the_sizes_that_go_with_a_name_of_torchvision():
+    arguments = {"num_layers": 2, "hidden_dim": 24, "mlp_dim": 32, "dropout": 0.5}
+    vit = build_model(ModelSettings(name="torchvision/vit_b_32", image_size=64, num_classes=7,
+                                    arguments=arguments)).module
+    layers = vit.encoder.layers
+    assert len(layers) == 2 and layers[0].mlp[0].weight.shape == (32, 24) and vit.encoder.dropout.p == 0.5
+    # the name says the rest
+    assert layers[0].num_heads == 12 and vit.patch_size == 32
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 BAD_INPUT = {
@@ -246,8 +256,10 @@ BAD_INPUT = {
     "drop_path_hf": ("hf", ["model.drop_path=0.1"], "model.drop_path must be null for hf/"),
     "image_size": ("timm", ["model.image_size=30"], "model.image_size must be a multiple of the patch size 4 of timm/"
                    + TIMM + ", got 30"),
-    "image_size_torchvision": ("torchvision", ["model.image_size=30"], "model.image_size must be a size of images "
-                               "that torchvision/vit_tiny_pss takes, got 30: Input shape indivisible by patch size!"),
+    "image_size_torchvision": ("torchvision", ["model.image_size=30"], "model.image_size must be a multiple of the "
+                               "patch size 4 of torchvision/vit_tiny_pss, got 30"),
+    "heads_torchvision": ("torchvision", ["model.arguments.num_heads=3"], "model.arguments must be what "
+                          "torchvision/vit_tiny_pss takes, got {'num_heads': 3}: embed_dim must be divisible by num"),
     "swin": ("timm", ["model.name=timm/swin_tiny_patch4_window7_224", "model.arguments={{}}", "model.image_size=224"],
              "model.name must be a ViT that patch sampling fits into unless pss=null, got "
              "'timm/swin_tiny_patch4_window7_224': "),
@@ -423,7 +435,7 @@ class StopAt(Callback):
 def run(request, tmp_path_factory):
     """A library, and the folder of a run under EMA."""
     folder = tmp_path_factory.mktemp("run") / request.param
-    main(smoke_library(request.param, folder, "ema.smoothing=0.5", "model.num_classes=7"))
+    main(smoke_library(request.param, folder, "ema.smoothing=0.5", "activation_checkpointing=true"))
     return request.param, folder
 
 
@@ -449,7 +461,10 @@ def test_export(run, ema, tmp_path):
     trained = torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
     (averages,) = [state for name, state in trained["algorithms"] if name == "EMA"]
     assert averages["ema_weights_active"]  # then the model in the checkpoint is the average
-    weights = trained["model"] if ema else trained["model"] | averages["ema_model"]["named_parameters_dict"]
+    weights = trained["model"]
+    if not ema:  # torch puts a module around each of torchvision's blocks
+        weights = weights | {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight
+                             in averages["ema_model"]["named_parameters_dict"].items()}
     for name, weight in exported.state_dict().items():
         assert torch.equal(weight, weights[f"module.{name}"]), name
     if ema:
@@ -494,12 +509,12 @@ def test_load_path_takes_a_checkpoint_of_the_same_model_alone(run, tmp_path):
 # --- the families of transformers ----------------------------------------------------------------------------------
 
 SMALL = {key: value for key, value in HF_CONFIG.items() if key != "model_type"}
+SIGLIP2 = {key: value for key, value in SMALL.items() if key != "image_size"} | {"num_patches": 64}
 FAMILIES = {
     "ViT": SMALL, "DeiT": SMALL, "Dinov2": SMALL, "Dinov2WithRegisters": SMALL, "DINOv3ViT": SMALL,
     "Beit": SMALL | {"use_relative_position_bias": True}, "Siglip": {"vision_config": SMALL},
     "CLIP": {"vision_config": SMALL}, "CLIPVision": SMALL, "SiglipVision": SMALL, "ViTMSN": SMALL, "IJepa": SMALL,
-    "Siglip2": {"vision_config": {key: value for key, value in SMALL.items() if key != "image_size"} |
-                {"num_patches": 64}},
+    "Siglip2": {"vision_config": SIGLIP2}, "Siglip2Vision": SIGLIP2,
 }
 UNUSED = {"Dinov2": ["mask_token"], "Dinov2WithRegisters": ["mask_token"], "DINOv3ViT": ["mask_token"],
           "Siglip": ["vision_model.head"], "Siglip2": ["vision_model.head"], "CLIP": ["post_layernorm"]}
@@ -522,6 +537,62 @@ def test_families_of_transformers(name, tmp_path):
     assert bool(frozen) == (name in UNUSED)
     layers = {name: layer for name, layer in name_groups(model, layer_decay=0.5).items()}
     assert {layer for layer, _ in layers.values()} == {0.125, 0.25, 0.5, 1.0}
+
+
+def save_weights(model_class, folder, **settings):
+    """A folder of transformers with random weights; the model."""
+    model = getattr(transformers, model_class)
+    model = model(model.config_class(**settings)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def build_from(folder, **settings):
+    return build_model(ModelSettings(name=f"hf/{folder}", pretrained=str(folder), num_classes=7,
+                                     **{"image_size": 32} | settings))
+
+
+def test_the_head_of_a_vision_model_without_one_is_random_and_not_whatever_was_in_memory(tmp_path):
+    save_weights("CLIPVisionModel", tmp_path / "clip", **SMALL)
+    head = build_from(tmp_path / "clip").module.classifier
+    assert 0.015 < head.weight.std() < 0.025 and not head.bias.any()
+
+
+def test_the_positions_of_a_vision_model_without_a_head_are_interpolated(tmp_path):
+    original = save_weights("SiglipVisionModel", tmp_path / "siglip", **SMALL)
+    model = build_from(tmp_path / "siglip", image_size=48).eval()
+    images = torch.randn(2, 3, 48, 48)
+    pooled = original(images, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(model((images, None)), model.module.classifier(pooled))
+
+
+def test_the_norm_of_mean_pooling_is_new_where_weights_of_pre_training_lack_it(tmp_path):
+    save_weights("BeitForMaskedImageModeling", tmp_path / "beit", **SMALL, vocab_size=9)
+    assert ("left at initial values: 4 (beit.pooler.layernorm.bias, beit.pooler.layernorm.weight, classifier.bias, "
+            "classifier.weight)") in build_from(tmp_path / "beit").loaded
+
+
+def test_what_is_dropped_is_named_once_for_all_blocks(tmp_path):
+    text = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    save_weights("CLIPModel", tmp_path / "clip", vision_config=SMALL, text_config=text | {"vocab_size": 9})
+    dropped = next(line for line in build_from(tmp_path / "clip").loaded.splitlines() if line.startswith("dropped: "))
+    assert "text_model.encoder.layers.*.mlp.fc1.weight (2 x), " in dropped and "layers.0" not in dropped
+
+
+def test_the_configuration_of_a_run_names_the_class_of_its_model(tmp_path):
+    save_weights("DeiTForImageClassificationWithTeacher", tmp_path / "deit", **SMALL)
+    model = build_from(tmp_path / "deit")
+    assert model.module.config.architectures == ["DeiTForImageClassification"] == [type(model.module).__name__]
+
+
+@pytest.mark.parametrize(("model_class", "rule"), [
+    ("ViTMAEModel", "must be a classifier or a model with a pooled output, ViTMAEModel of transformers is neither"),
+    ("VivitModel", "must be an image model of transformers, got 'hf/.*' with a VivitConfig"),
+])
+def test_models_of_transformers_that_are_no_image_classifiers_are_refused(model_class, rule, tmp_path):
+    save_weights(model_class, tmp_path / "model", **SMALL)
+    with pytest.raises(InputError, match=f"^model.name {rule}$"):
+        build_from(tmp_path / "model")
 
 
 def test_siglip_2_sees_the_patches_as_its_processor_cuts_them(tmp_path):
