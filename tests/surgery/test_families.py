@@ -193,6 +193,6 @@ def test_compiles_without_a_graph_break(name):
         return
     sampler = apply_patch_sampling(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for keep_rate in (1.0, 0.4, 0.2, 1.0):
+    for keep_rate in (0.4, 1.0):  # each another graph; more of them in test_surgery.py
         sampler.eval_keep_rate = keep_rate
         torch.testing.assert_close(run(name, compiled), run(name, model), atol=1e-5, rtol=1e-5)
