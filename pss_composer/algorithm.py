@@ -13,7 +13,8 @@ from composer.utils import dist
 
 from pss_composer.errors import InputError
 from pss_composer.progress import Progress, count_batches
-from pss_composer.sampling import PatchSampler, describe
+from pss_composer.sampler_checks import describe
+from pss_composer.sampling import PatchSampler
 from pss_composer.scheduled import ScheduledSampling, count_samples, read_metrics
 from pss_composer.surgery import apply_patch_sampling, find_samplers
 
@@ -23,22 +24,17 @@ log = logging.getLogger(__name__)
 class PatchSamplingSchedule(ScheduledSampling, Algorithm):
     """Trains a ViT on a varying share of its patch tokens (McDanel & Huynh 2022, https://arxiv.org/abs/2208.09520).
 
-    Runs on `Event.INIT`, where it puts a `PatchSampler` into the model, and on `Event.AFTER_DATALOADER`, where it sets
-    that batch's keep rate: every forward pass of a batch has the same, also the one in which Composer's
-    `SelectiveBackprop` scores the images, and all microbatches. On `Event.AFTER_LOAD` it adds a callback to the
-    trainer, `SamplerLoan`, which logs `pss/keep_rate` and `pss/tokens`, the tokens of an image that the model's blocks
-    saw, and which sets the model's keep rates to 1 again: that of training when `fit` ends, that of evaluation when the
-    trainer is closed or garbage-collected.
+    The arguments are those of `ScheduledSampling`. It runs on three events:
+
+    - `INIT` puts a `PatchSampler` into the model.
+    - `AFTER_DATALOADER` sets the keep rate of the batch. All of its microbatches and forward passes have the same, also
+      the pass in which Composer's `SelectiveBackprop` scores the images.
+    - `AFTER_LOAD` adds a callback to the trainer, `SamplerLoan`. It logs `pss/keep_rate`, and as `pss/tokens` the
+      tokens of an image that the model's blocks saw. It also sets the model's keep rates to 1 again: that of training
+      when `fit` ends, that of evaluation when the trainer is closed or garbage-collected.
 
     There is nothing to save: the keep rate follows from the timestamp alone, so a resumed run goes on where it was, and
     every rank has the same keep rate. One object serves several trainers.
-
-    Args:
-        schedule: Keep rate of each batch: one of `pss_composer.schedules`, or a function of a
-            `schedules.Progress`. None is the paper's cycle from 0.2 to 1 and back in every epoch.
-        sampler: Which tokens stay: `magnitude` (the paper's), `l2_magnitude`, `random`, or a function of the patch
-            tokens `(tokens (B, N, C), k) -> keep_indices (B, k)`.
-        eval_keep_rate: Keep rate of evaluation and prediction, in (0, 1].
 
     Raises:
         TypeError: When the trainer starts: a model that is not a supported ViT.
@@ -79,7 +75,7 @@ def _check_combination(state: State) -> None:
                          f"got {state.algorithms}", key="algorithms")
 
 
-_loans: WeakKeyDictionary[PatchSampler, SamplerLoan] = WeakKeyDictionary()  # the trainer that used a sampler last
+_loans: WeakKeyDictionary[PatchSampler, SamplerLoan] = WeakKeyDictionary()  # of the trainer that used a sampler last
 
 
 class SamplerLoan(Callback):
@@ -138,24 +134,15 @@ def read_progress(state: State) -> Progress:
         ValueError: `max_duration` cannot be counted in batches.
     """
     batches_per_epoch = None if state.dataloader_len is None else int(state.dataloader_len)
-    samples = count_samples(state.dataloader, batches_per_epoch)
-    samples_per_batch, samples_per_epoch = (each and each * dist.get_world_size() for each in samples)
-
-    def count(number: int, unit: str) -> float:
-        return count_batches(f"{number}{unit}", batches_per_epoch, samples_per_batch, None, samples_per_epoch)
-
-    # counted from the start of this epoch with this epoch's loader: earlier epochs may have had another
+    samples_per_batch, samples_per_epoch = count_samples(state.dataloader, batches_per_epoch, dist.get_world_size())
     now, max_duration = state.timestamp, state.max_duration
-    first_batch = int(now.batch - now.batch_in_epoch)
-    starts = {"ep": int(now.epoch), "ba": first_batch, "sp": int(now.sample - now.sample_in_epoch)}
+    epoch_start = {"ep": int(now.epoch), "ba": int(now.batch - now.batch_in_epoch),
+                   "sp": int(now.sample - now.sample_in_epoch)}
+    # counted from the start of this epoch: earlier ones may have had another loader
     unit = max_duration.unit.value
-    left = count(max_duration.value - starts.get(unit, 0), unit)
-    lengths = {"ep": batches_per_epoch, "sp": samples_per_batch}
+    left = count_batches(f"{max_duration.value - epoch_start.get(unit, 0)}{unit}", batches_per_epoch, samples_per_batch,
+                         samples_per_epoch=samples_per_epoch)
+    total_batches = epoch_start["ba"] + math.ceil(left)  # training ends with the batch that reaches max_duration
     return Progress(
-        int(now.batch),
-        first_batch + math.ceil(left),  # training ends with the batch that reaches max_duration
-        batches_per_epoch,
-        samples_per_batch,
-        samples_per_epoch,
-        offsets={unit: first_batch - count(starts[unit], unit) for unit, length in lengths.items() if length},
+        int(now.batch), total_batches, batches_per_epoch, samples_per_batch, samples_per_epoch, epoch_start
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pss_composer.errors import InputError
 
 UNITS = ("ep", "ba", "sp", "dur")  # epochs, batches, samples, and the share of all of training
-TIME_STRING = re.compile(r"(.+?)(ep|ba|sp|dur)", re.IGNORECASE)
+TIME_STRING = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(ep|ba|sp|dur)", re.IGNORECASE)
 
 
 def parse_time(time: str) -> tuple[float, str]:
@@ -19,18 +19,12 @@ def parse_time(time: str) -> tuple[float, str]:
         time: Like `1ep`, `500ba`, `1e5sp` or `0.1dur`; all but `dur` take whole numbers.
 
     Raises:
-        ValueError: Not a time string in these units.
+        ValueError: Not a time string in these units, or no whole number of them.
     """
     match = TIME_STRING.fullmatch(time) if isinstance(time, str) else None
-    try:
-        value = float(match[1]) if match else None
-    except ValueError:
-        value = None
-    if match is None or value is None:
-        raise ValueError(f"{time!r} is not a time string in {', '.join(UNITS)}")
-    unit = match[2].lower()
+    value, unit = (float(match[1]), match[2].lower()) if match else (math.nan, "")
     if not math.isfinite(value) or (unit != "dur" and not value.is_integer()):
-        raise ValueError(f"{time!r} must be a finite number of {unit}, and a whole one but for dur")
+        raise ValueError(f"{time!r} is not a whole number of ep, ba or sp, or a number of dur")
     return value, unit
 
 
@@ -67,8 +61,7 @@ class Progress(float):
         batches_per_epoch: Batches in one epoch; None when the data has no length.
         samples_per_batch: Samples in one full (global) batch; None when it is not known.
         samples_per_epoch: Samples in one epoch, where its last batch may not be full; None when all batches are full.
-        offsets: For `ep` and `sp`, how many batches later this epoch began than it would have if all were like it;
-            None where they were.
+        epoch_start: When this epoch began, like `{"ep": 1, "ba": 8, "sp": 32}`; None where all epochs are alike.
 
     Raises:
         InputError: Training has no batches.
@@ -79,7 +72,7 @@ class Progress(float):
     batches_per_epoch: int | None
     samples_per_batch: int | None
     samples_per_epoch: int | None
-    offsets: Mapping[str, float]
+    epoch_start: Mapping[str, int]
 
     def __new__(
         cls,
@@ -88,7 +81,7 @@ class Progress(float):
         batches_per_epoch: int | None = None,
         samples_per_batch: int | None = None,
         samples_per_epoch: int | None = None,
-        offsets: Mapping[str, float] | None = None,
+        epoch_start: Mapping[str, int] | None = None,
     ) -> Progress:
         if total_batches < 1:
             raise InputError(f"must be at least 1, got {total_batches}", key="total_batches")
@@ -99,7 +92,7 @@ class Progress(float):
         progress.batches_per_epoch = batches_per_epoch
         progress.samples_per_batch = samples_per_batch
         progress.samples_per_epoch = samples_per_epoch
-        progress.offsets = offsets or {}
+        progress.epoch_start = epoch_start or {}
         return progress
 
     def num_batches(self, time: str) -> float:
@@ -111,10 +104,13 @@ class Progress(float):
     def num_elapsed(self, time: str) -> float:
         """Batches trained so far, to compare with the `num_batches` of this time string.
 
-        In epochs and samples this counts earlier epochs as if they had been like this one. So a period of `1ep` begins
-        with an epoch also after one of another length: where training goes on with another loader, say.
+        In epochs and samples, earlier epochs count as if they had been like this one. So a period of `1ep` begins with
+        an epoch also where training goes on with a loader of another length.
         """
-        return self.batch - self.offsets.get(parse_time(time)[1], 0)
+        _, unit = parse_time(time)
+        if unit not in self.epoch_start:
+            return self.batch
+        return self.num_batches(f"{self.epoch_start[unit]}{unit}") + self.batch - self.epoch_start["ba"]
 
 
 def count_batches(

@@ -4,15 +4,10 @@ A sampler is a function `(tokens, k) -> keep_indices` from patch tokens (B, N, C
 int64 indices (B, k) of those that stay, each at most once per image, in any order. A ViT that pads images to a common
 length also passes `is_patch` (B, N) by this name, False for padding, which stays only where an image has fewer than k
 patches.
-
-What a sampler of one's own returns is checked: its type, shape and device in every forward pass, its values in the
-first pass with each k. A training step therefore never waits for the values but in these few. Nothing reads the values
-while torch compiles, exports or traces the model. The three samplers here are not checked.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pss_composer.errors import InputError
+from pss_composer.sampler_checks import CheckedSampler, accepts, describe
 from pss_composer.schedules import check_keep_rate
 
 Sampler = Callable[..., Tensor]
@@ -56,61 +52,19 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def resolve_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of that name, or the function itself.
+    """The sampler of that name, or the function with checks of what it returns.
 
     Raises:
         InputError: Neither the name of a sampler nor a function of tokens and k.
     """
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return SAMPLERS[sampler]
-    if callable(sampler) and not isinstance(sampler, type) and _takes(sampler):
-        return sampler
+    if callable(sampler) and not isinstance(sampler, type) and accepts(sampler):
+        return CheckedSampler(sampler)
     raise InputError(
         f"must be one of {', '.join(SAMPLERS)} or a function (tokens, k) -> keep_indices, got {sampler!r}",
         key="sampler",
     )
-
-
-def _takes(sampler: Sampler, **options: object) -> bool:
-    """Whether a sampler can be called with tokens, k and these options."""
-    function = sampler.forward if isinstance(sampler, nn.Module) else sampler
-    try:
-        inspect.signature(function).bind(None, 0, **options)
-    except TypeError:
-        return False
-    except ValueError:  # a function that is not written in Python may have no signature
-        return not options
-    return True
-
-
-def find_fault(keep_indices: Tensor, num_patches: int, is_patch: Tensor | None = None) -> str | None:
-    """What is wrong with the indices that a sampler returned, in words; on a GPU this waits for them.
-
-    Args:
-        keep_indices: (B, k) int64.
-        num_patches: Patch tokens of an image, N.
-        is_patch: (B, N) bool, False for padding.
-    """
-    ordered = keep_indices.sort(dim=1).values
-    lowest, highest, num_repeated = torch.stack(
-        (ordered.min(), ordered.max(), (ordered[:, 1:] == ordered[:, :-1]).sum())
-    ).tolist()
-    if lowest < 0 or highest >= num_patches:
-        return f"indices from 0 to {num_patches - 1}, got {lowest} to {highest}"
-    if num_repeated:
-        return f"each index at most once per image, got {num_repeated} again"
-    if is_patch is not None:
-        is_missed = is_patch.gather(1, keep_indices).sum(dim=1) < is_patch.sum(dim=1).clamp(max=keep_indices.shape[1])
-        if is_missed.any():
-            return "padding only where an image has no more patches, got padding in place of patches"
-    return None
-
-
-def describe(setting: object) -> str:
-    """A `repr` without memory addresses: a function, or an object that has no `repr` of its own, is its dotted name."""
-    owner = setting if hasattr(setting, "__qualname__") else type(setting)
-    has_address = " at 0x" in repr(setting)
-    return f"{owner.__module__}.{owner.__qualname__}" if has_address or owner is setting else repr(setting)
 
 
 def num_keep(keep_rate: float, num_patches: int, num_prefix_tokens: int = 1) -> int:
@@ -156,12 +110,12 @@ def set_in_forward(module: nn.Module, **attributes: object) -> None:
 class PatchSampler(nn.Module):
     """Keeps a share of an image's patch tokens; the module that `apply_patch_sampling` puts into a model.
 
-    It has no parameters or buffers, so a model's checkpoint is the same with and without it. While every token is
-    kept, it returns its input itself.
+    It has no parameters or buffers of its own, so a model's checkpoint is the same with and without it. While every
+    token is kept, it returns its input itself.
 
     Args:
         sampler: `magnitude`, `l2_magnitude`, `random`, or a function of the patch tokens
-            `(tokens (B, N, C), k) -> keep_indices (B, k)`; see the module on what is checked of its results.
+            `(tokens (B, N, C), k) -> keep_indices (B, k)`, of which `CheckedSampler` checks the results.
         num_prefix_tokens: Tokens before the first patch token; they always stay.
         keep_rate: Share of the tokens kept in training, in (0, 1].
         eval_keep_rate: Share of the tokens kept in evaluation and prediction, in (0, 1].
@@ -194,8 +148,7 @@ class PatchSampler(nn.Module):
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
         """Set the sampler and both keep rates, as the constructor does."""
         self._sample = resolve_sampler(sampler)
-        self._takes_is_patch = _takes(self._sample, is_patch=None)
-        self._checked: set[int] = set()  # the k whose first indices have been read
+        self._modules.pop("sampler", None)  # torch would not let a name take the place of a module
         self.sampler = sampler
         self.keep_rate = keep_rate
         self.eval_keep_rate = eval_keep_rate
@@ -238,7 +191,7 @@ class PatchSampler(nn.Module):
             tokens: The tokens.
             is_patch: (B, N) bool, False for padding; None where every image has N patches.
         """
-        keep_indices = self.select(tokens.detach()[:, self.num_prefix_tokens:], is_patch)
+        keep_indices = self.select(tokens[:, self.num_prefix_tokens:], is_patch)
         return tokens if keep_indices is None else gather_tokens(tokens, self._to_positions(keep_indices))
 
     def select(self, patch_tokens: Tensor, is_patch: Tensor | None = None) -> Tensor | None:
@@ -248,7 +201,7 @@ class PatchSampler(nn.Module):
             `keep_indices`, (B, k), or None where all tokens stay.
 
         Raises:
-            InputError: The sampler returned something else, or takes no `is_patch` and the images are padded.
+            InputError: A sampler of one's own returned something else, or takes no `is_patch` for padded images.
         """
         num_patches = patch_tokens.shape[1]
         if isinstance(num_patches, Tensor):  # in torch.jit.trace, whose graph is for one number of tokens
@@ -257,38 +210,9 @@ class PatchSampler(nn.Module):
         set_in_forward(self, num_tokens=self.num_prefix_tokens + k, keep_indices=None)
         if k == num_patches:
             return None
-        if is_patch is None:
-            keep_indices = self._sample(patch_tokens.detach(), k)
-        elif self._takes_is_patch:
-            keep_indices = self._sample(patch_tokens.detach(), k, is_patch=is_patch)
-        else:
-            raise InputError("must take is_patch (B, N) for images with padding, as in (tokens, k, is_patch=None), "
-                             f"got {describe(self.sampler)}", key="sampler")
-        if not isinstance(self.sampler, str):
-            self._check(keep_indices, patch_tokens, k, is_patch)
+        keep_indices = self._sample(patch_tokens.detach(), k, is_patch)
         set_in_forward(self, keep_indices=keep_indices)
         return keep_indices
-
-    def _check(self, keep_indices: object, patch_tokens: Tensor, k: int, is_patch: Tensor | None) -> None:
-        """Check what a sampler of one's own returned."""
-        B, num_patches, _ = patch_tokens.shape
-        fault = None
-        if not isinstance(keep_indices, Tensor):
-            fault = f"a tensor, got {type(keep_indices).__name__}"
-        elif keep_indices.shape != (B, k):
-            fault = f"keep_indices of shape {(B, k)}, got {tuple(keep_indices.shape)}"
-        elif keep_indices.dtype != torch.int64:
-            fault = f"int64 indices, got {keep_indices.dtype}"
-        elif keep_indices.device != patch_tokens.device:
-            fault = f"indices on {patch_tokens.device}, got {keep_indices.device}"
-        elif not torch.compiler.is_compiling() and k not in self._checked:
-            is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-            # tensors without values are of a class of their own, or meta
-            if not is_traced and type(keep_indices) is Tensor and not keep_indices.is_meta:
-                fault = find_fault(keep_indices, num_patches, is_patch)
-                self._checked.add(k)
-        if fault is not None:
-            raise InputError(f"must return {fault} from {describe(self.sampler)}", key="sampler")
 
     def kept_positions(self) -> Tensor | None:
         """Positions of the kept tokens in the input of the last forward pass: (B, P + k), or None if all were kept."""

@@ -26,69 +26,6 @@ from pss_composer.progress import Progress, check_time, parse_time
 Schedule = Callable[[Progress], float]
 
 
-def check_keep_rate(value: object, key: str = "keep_rate") -> float:
-    """The value as a float if it is a keep rate, a real number in (0, 1].
-
-    Raises:
-        InputError: Outside (0, 1], or not a number.
-    """
-    number = _to_float(value)
-    if not 0.0 < number <= 1.0:
-        raise InputError(f"must be a number in (0, 1], got {value!r}", key=key)
-    return number
-
-
-def check_schedule(schedule: object, key: str = "schedule") -> Schedule:
-    """The schedule itself, if it can be called with a `Progress`.
-
-    Raises:
-        InputError: A class of schedules, or something that cannot be called.
-    """
-    if isinstance(schedule, type):
-        name = schedule.__name__
-        raise InputError(f"must be a schedule or a function of training progress, got the class {name}: "
-                         f"an object of it is {name}()", key=key)
-    if not callable(schedule):
-        raise InputError(f"must be a schedule or a function of training progress, got {schedule!r}", key=key)
-    return schedule
-
-
-def _to_float(value: object) -> float:
-    """A finite real number as a float; NaN stands for everything else."""
-    if getattr(value, "shape", None) == ():
-        value = value.item()  # type: ignore[attr-defined]    # of NumPy or torch, which are not imported here
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
-
-
-def _drop_rate(keep_rate: float) -> float:
-    # 1 − 1.1 is −0.10000000000000009 in floating point, which moves a batch at the edge of a bin
-    return round(1.0 - keep_rate, 12)
-
-
-def _to_keep_rate(drop_rate: float, step: float | None) -> float:
-    """The keep rate for an unrounded drop rate: clamped to [0, 1], rounded to multiples of `step`."""
-    drop_rate = min(max(drop_rate, 0.0), 1.0)
-    if step is not None and step > 1e-12:  # keep rates have twelve digits
-        bins = 1 / step
-        drop_rate = round(bins * drop_rate) / bins
-    return round(1.0 - drop_rate, 12)
-
-
-def _interpolate(start: float, end: float, share: float) -> float:
-    return _clamp((1 - share) * start + share * end, start, end)
-
-
-def _clamp(value: float, start: float, end: float) -> float:
-    # floating point errors beyond an end would decide how an end halfway between two multiples of the step rounds
-    return min(max(value, min(start, end)), max(start, end))
-
-
 @dataclass(frozen=True)
 class Fixed:
     """The same keep rate in every batch.
@@ -141,22 +78,29 @@ class Ramp(ABC):
         check_time(self.cooldown, "cooldown", is_zero_allowed=True)
 
     def __call__(self, progress: Progress) -> float:
-        keep_rate = _to_keep_rate(self._unrounded_drop_rate(progress), self.step)
-        return max(keep_rate, min(self.start, self.end, 1.0))
-
-    @abstractmethod
-    def _unrounded_drop_rate(self, progress: Progress) -> float:
-        """The drop rate before clamping and rounding."""
-
-    def _ramp_batches(self, progress: Progress) -> float:
-        """Batches before the cooldown."""
-        batches = progress.total_batches - progress.num_batches(self.cooldown)
-        if batches < 0:
+        num_batches = progress.total_batches - progress.num_batches(self.cooldown)
+        if num_batches < 0:
             raise InputError(
                 f"must be no longer than training, got {self.cooldown!r} in {progress.total_batches} batches",
                 key="cooldown",
             )
-        return batches
+        drop_rate = self._drop_rate(progress, num_batches, _to_drop_rate(self.start), _to_drop_rate(self.end))
+        drop_rate = min(max(drop_rate, 0.0), 1.0)
+        if self.step is not None and self.step > 1e-12:  # keep rates have twelve digits
+            bins = 1 / self.step
+            drop_rate = round(bins * drop_rate) / bins
+        return max(round(1.0 - drop_rate, 12), min(self.start, self.end, 1.0))
+
+    @abstractmethod
+    def _drop_rate(self, progress: Progress, num_batches: float, start: float, end: float) -> float:
+        """The drop rate before it is clamped and rounded.
+
+        Args:
+            progress: Progress of training.
+            num_batches: Batches before the cooldown.
+            start: The drop rate at the start.
+            end: The drop rate at the end.
+        """
 
 
 @dataclass(frozen=True)
@@ -165,12 +109,10 @@ class Linear(Ramp):
 
     name: ClassVar[str] = "linear"
 
-    def _unrounded_drop_rate(self, progress: Progress) -> float:
-        start, end = _drop_rate(self.start), _drop_rate(self.end)
-        ramp_batches = self._ramp_batches(progress)
-        if progress.batch >= ramp_batches:
+    def _drop_rate(self, progress: Progress, num_batches: float, start: float, end: float) -> float:
+        if progress.batch >= num_batches:
             return end
-        return _interpolate(start, end, progress.batch / ramp_batches)
+        return _interpolate(start, end, progress.batch / num_batches)
 
 
 @dataclass(frozen=True)
@@ -182,12 +124,10 @@ class Cosine(Ramp):
 
     name: ClassVar[str] = "cosine"
 
-    def _unrounded_drop_rate(self, progress: Progress) -> float:
-        start, end = _drop_rate(self.start), _drop_rate(self.end)
-        ramp_batches = self._ramp_batches(progress)
-        if progress.batch >= ramp_batches - 1:
+    def _drop_rate(self, progress: Progress, num_batches: float, start: float, end: float) -> float:
+        if progress.batch >= num_batches - 1:
             return end
-        share_left = (1 + math.cos(math.pi * progress.batch / ramp_batches)) / 2
+        share_left = (1 + math.cos(math.pi * progress.batch / num_batches)) / 2
         return _clamp(end + (start - end) * share_left, start, end)
 
 
@@ -212,14 +152,14 @@ class Cyclic(Ramp):
         super().__post_init__()
         check_time(self.period, "period")
 
-    def _unrounded_drop_rate(self, progress: Progress) -> float:
-        if progress.batch >= self._ramp_batches(progress):
+    def _drop_rate(self, progress: Progress, num_batches: float, start: float, end: float) -> float:
+        if progress.batch >= num_batches:
             return 0.0
         period = progress.num_batches(self.period)
         batch = progress.num_elapsed(self.period) % period
         # counted from the nearer end, with one division: so both halves of a cycle round alike
         share = 2 * min(batch, period - batch) / period
-        return _interpolate(_drop_rate(self.start), _drop_rate(self.end), share)
+        return _interpolate(start, end, share)
 
 
 @dataclass(frozen=True)
@@ -251,10 +191,11 @@ class Piecewise:
         starts = [progress.num_batches(time) for time, _ in self.milestones]
         if starts != sorted(starts):
             raise InputError(f"must stand in order of time, got {self.milestones!r}", key="milestones")
-        return [
+        reached = [
             rate for start, (time, rate) in zip(starts, self.milestones, strict=True)
-            if start <= progress.num_elapsed(time)
-        ][-1]
+            if start == 0 or start <= progress.num_elapsed(time)
+        ]
+        return reached[-1]
 
 
 SCHEDULES: dict[str, type] = {schedule.name: schedule for schedule in (Fixed, Linear, Cosine, Cyclic, Piecewise)}
@@ -287,9 +228,9 @@ def keep_rates(
     counts = {"epochs": epochs, "batches_per_epoch": batches_per_epoch, "samples_per_batch": samples_per_batch,
               "samples_per_epoch": samples_per_epoch}
     for key, count in counts.items():
-        is_optional = key.startswith("samples")
-        is_whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-        if not (is_optional and count is None) and not (is_whole and count >= 1):
+        if count is None and key.startswith("samples"):
+            continue
+        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
             raise InputError(f"must be a whole number of at least 1, got {count!r}", key=key)
     total = epochs * batches_per_epoch
     return [
@@ -299,3 +240,56 @@ def keep_rates(
         )
         for batch in range(total)
     ]
+
+
+def check_keep_rate(value: object, key: str = "keep_rate") -> float:
+    """The value as a float if it is a keep rate, a real number in (0, 1].
+
+    Raises:
+        InputError: Outside (0, 1], or not a number.
+    """
+    number = _to_float(value)
+    if not 0.0 < number <= 1.0:
+        raise InputError(f"must be a number in (0, 1], got {value!r}", key=key)
+    return number
+
+
+def check_schedule(schedule: object) -> Schedule:
+    """The schedule itself, if it can be called with a `Progress`.
+
+    Raises:
+        InputError: A class of schedules, or something that cannot be called.
+    """
+    if callable(schedule) and not isinstance(schedule, type):
+        return schedule
+    got = repr(schedule)
+    if isinstance(schedule, type):
+        got = f"the class {schedule.__name__}: an object of it is {schedule.__name__}()"
+    raise InputError(f"must be a schedule or a function of training progress, got {got}", key="schedule")
+
+
+def _to_float(value: object) -> float:
+    """A finite real number as a float; NaN stands for everything else."""
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]    # of NumPy or torch, which are not imported here
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _to_drop_rate(keep_rate: float) -> float:
+    # 1 − 1.1 is −0.10000000000000009 in floating point, which moves a batch at the edge of a bin
+    return round(1.0 - keep_rate, 12)
+
+
+def _interpolate(start: float, end: float, share: float) -> float:
+    return _clamp((1 - share) * start + share * end, start, end)
+
+
+def _clamp(value: float, start: float, end: float) -> float:
+    # floating point errors beyond an end would decide how an end halfway between two multiples of the step rounds
+    return min(max(value, min(start, end)), max(start, end))

@@ -9,7 +9,7 @@ from support.paths import ROOT
 
 PACKAGE = ROOT / "pss_composer"
 BASE = {"errors", "checks", "locks", "seeds"}  # known to every room
-METHOD = {"progress", "schedules", "sampling", "surgery", "scheduled", "algorithm"}
+METHOD = {"progress", "schedules", "sampler_checks", "sampling", "surgery", "scheduled", "algorithm"}
 # room -> the rooms that it may import, beside itself and the base
 MAY_IMPORT = {
     **{module: set() for module in BASE},
@@ -34,6 +34,7 @@ ONLY_IN = {
     "pytorch_lightning": {"integrations.lightning"},
     "accelerate": set(),
     "transformers": {"integrations.transformers", "surgery", "models.transformers"},
+    "open_clip": {"surgery"},
     "timm": {"surgery", "models", "pretraining", "data.augmentation", "checkpoints", "training"},
 }
 LIGHT = ["errors", "checks", "locks", "seeds", "progress", "schedules", "models.shape", "models.settings",
@@ -127,7 +128,8 @@ def test_the_method_needs_torch_and_timm_alone():
                  "from pss_composer import apply_patch_sampling")
     loaded = imported_after(statement)
     assert "torch" in loaded
-    assert not {"composer", "streaming", "omegaconf", "sklearn", "lightning", "transformers", "accelerate"} & loaded
+    assert not {"composer", "streaming", "omegaconf", "sklearn", "lightning", "transformers", "accelerate",
+                "open_clip"} & loaded
 
 
 def test_a_recipe_is_checked_before_the_slow_imports():

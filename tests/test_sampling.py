@@ -192,6 +192,17 @@ def test_what_may_be_a_sampler(sampler):
     assert patch_sampler.keep_indices.tolist() == [[0, 1, 2]] * 2
 
 
+def test_a_sampler_that_is_a_module_can_be_replaced():
+    module = nn.Linear(4, 1)
+    module.forward = lambda tokens, k: first(tokens, k)
+    patch_sampler = PatchSampler(module, keep_rate=0.5)
+    assert list(patch_sampler.state_dict()) == ["sampler.weight", "sampler.bias"]
+    for sampler in ("random", module, first):
+        patch_sampler.configure(sampler, keep_rate=0.5, eval_keep_rate=1.0)
+        assert patch_sampler(torch.randn(2, 9, 4)).shape == (2, 4, 4)
+    assert not patch_sampler.state_dict()
+
+
 def returning(value):
     def sample(tokens, k):
         return value

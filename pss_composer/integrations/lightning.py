@@ -110,13 +110,12 @@ def read_progress(trainer: Trainer, batch_idx: int) -> Progress:
     if not lengths:
         raise InputError("must be given under patch sampling, or max_epochs and data with a length, got "
                          f"max_steps={max_steps}, max_epochs={trainer.max_epochs}", key="max_steps")
-    batch_size, num_samples = count_samples(trainer.train_dataloader, num_batches)
-    world_size = trainer.world_size
+    samples_per_batch, samples_per_epoch = count_samples(trainer.train_dataloader, num_batches, trainer.world_size)
     return Progress(
         first_step + batch_idx // accumulation,
         min(lengths),
         steps_per_epoch,
-        None if batch_size is None else batch_size * world_size * accumulation,
-        None if num_samples is None else num_samples * world_size,
-        {"ep": first_step - trainer.current_epoch * (steps_per_epoch or 0)},
+        None if samples_per_batch is None else samples_per_batch * accumulation,
+        samples_per_epoch,
+        {"ep": trainer.current_epoch, "ba": first_step},
     )
