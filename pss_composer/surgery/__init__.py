@@ -40,9 +40,10 @@ def apply_patch_sampling(
         ValueError: A bad keep rate or sampler, or a model that drops patches itself (`patch_drop_rate` in timm,
             `patch_dropout` in open_clip).
     """
-    samplers = find_samplers(model) if isinstance(model, nn.Module) else []
+    samplers = find_samplers(model)
     if len(samplers) > 1:
-        raise TypeError(f"{type(model).__name__} contains {len(samplers)} patch samplers ({_name_samplers(model)}): "
+        names = ", ".join(name for name, module in model.named_modules() if module in samplers)
+        raise TypeError(f"{type(model).__name__} contains {len(samplers)} patch samplers ({names}): "
                         "call apply_patch_sampling on the ViT that is meant")
     if samplers:
         samplers[0].configure(sampler, keep_rate=keep_rate, eval_keep_rate=eval_keep_rate)
@@ -77,16 +78,16 @@ def remove_patch_sampling(model: nn.Module) -> None:
     Raises:
         TypeError: The model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {describe_value(model)}")
     for patch_sampler in find_samplers(model):
         undo_edits(patch_sampler)
 
 
 def find_samplers(model: nn.Module) -> list[PatchSampler]:
-    """The patch samplers in a model."""
+    """The patch samplers in a model.
+
+    Raises:
+        TypeError: The model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe_value(model)}")
     return [module for module in model.modules() if isinstance(module, PatchSampler)]
-
-
-def _name_samplers(model: nn.Module) -> str:
-    return ", ".join(name for name, module in model.named_modules() if isinstance(module, PatchSampler))

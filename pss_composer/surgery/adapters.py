@@ -11,7 +11,7 @@ from torch import nn
 
 from pss_composer.errors import InputError
 from pss_composer.sampling import PatchSampler
-from pss_composer.surgery.refusals import LIBRARIES, describe_refusal, describe_subclass, describe_value, name_library
+from pss_composer.surgery.refusals import LIBRARIES, describe_refusal, describe_subclass, name_library
 
 # a subclass that has one of these methods anew may go past the slot: sampling would then silently do nothing
 METHODS_WITH_A_SLOT = ("forward", "forward_features", "_pos_embed", "_embeds")
@@ -79,8 +79,6 @@ def find_vit(model: nn.Module) -> tuple[nn.Module, Adapter]:
     Raises:
         TypeError: There is none, or more than one.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module that is or contains a ViT, got {describe_value(model)}")
     vits: dict[str, tuple[nn.Module, Adapter]] = {}
     within: set[nn.Module] = set()
     refusal = ""

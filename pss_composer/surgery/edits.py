@@ -30,7 +30,13 @@ def extend(sampler: PatchSampler, module: nn.Module, mixin: type[Extension]) -> 
         sampler: The sampler whose change it is.
         module: A module of the model.
         mixin: Its methods call `super()` for the module's own.
+
+    Raises:
+        TypeError: The object has one of these methods itself, which would be called instead of the mixin's.
     """
+    for name in vars(mixin).keys() & vars(module).keys():
+        raise TypeError(f"cannot drop patch tokens in {type(module).__name__}: this object's {name} was replaced, as "
+                        "accelerate's hooks do (device_map, say): call apply_patch_sampling before")
     sampler.edits.append((module, "__class__", type(module)))
     module.__class__ = _extend_class(mixin, type(module))
 
@@ -45,7 +51,7 @@ def undo_edits(sampler: PatchSampler) -> None:
     """Make the model what it was before the sampler came into it."""
     for owner, name, before in reversed(sampler.edits):
         if before is Missing or (name in owner._modules and not isinstance(before, nn.Module)):
-            delattr(owner, name)  # None, say, was no module
+            delattr(owner, name)  # setting it to None, say, would leave its name among the modules
         if name == "__class__":
             before = _without_extension(type(owner), before)
         if before is not Missing:
@@ -92,8 +98,8 @@ def require_all_tokens(vit: nn.Module, reason: str) -> None:
     for sampler in vit.modules():
         if isinstance(sampler, PatchSampler):
             key = "keep_rate" if sampler.training else "eval_keep_rate"
-            if getattr(sampler, key) < 1:
-                raise InputError(f"must be 1 here, since {reason}, got {getattr(sampler, key)}", key=key)
+            if sampler.current_keep_rate < 1:
+                raise InputError(f"must be 1 here, since {reason}, got {sampler.current_keep_rate}", key=key)
 
 
 _extended: dict[tuple[Any, Any], Any] = {}

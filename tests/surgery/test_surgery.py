@@ -197,6 +197,17 @@ def test_arguments_of_register_adapter_are_checked(arguments, message, registere
         register_adapter(vit_class, fit, num_prefix_tokens=count)
 
 
+def test_a_module_whose_forward_was_replaced_is_refused(registered):
+    """As accelerate's hooks do: the sampler would silently get no tokens."""
+    register_adapter(PooledViT, fit_by_output, num_prefix_tokens=0)
+    model = PooledViT()
+    model.dropout.forward = model.dropout.forward
+    with pytest.raises(TypeError, match="^cannot drop patch tokens in Dropout: this object's forward was replaced"):
+        apply_patch_sampling(model)
+    del model.dropout.forward
+    assert isinstance(apply_patch_sampling(model), nn.Module)
+
+
 def fit_without_edits(vit, sampler):
     vit.dropout = sampler
 
