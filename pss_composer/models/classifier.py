@@ -17,17 +17,15 @@ def find_blocks(vit: nn.Module) -> tuple[str, list[nn.Module]]:
     """The transformer blocks of a ViT: the largest `ModuleList` or `Sequential` of modules of one class.
 
     Returns:
-        The dotted name of that list, and the blocks.
-
-    Raises:
-        ValueError: There is none.
+        The dotted name of that list, and the blocks; of a model without one, as some CNNs are, "" and no blocks.
     """
     stacks = [
         (name, stack) for name, stack in vit.named_modules()
         if isinstance(stack, nn.ModuleList | nn.Sequential) and len({type(block) for block in stack}) == 1
+        and any(next(block.children(), None) for block in stack)  # not the layers of a head
     ]
     if not stacks:
-        raise ValueError(f"{type(vit).__name__} has no list of blocks")
+        return "", []
     name, stack = max(stacks, key=lambda item: sum(weight.numel() for weight in item[1].parameters()))
     return name, list(stack.children())
 
@@ -35,6 +33,8 @@ def find_blocks(vit: nn.Module) -> tuple[str, list[nn.Module]]:
 def mark_blocks(vit: nn.Module) -> None:
     """Tell Composer which modules FSDP shards and activation checkpointing recomputes: a ViT's blocks."""
     _, blocks = find_blocks(vit)
+    if not blocks:
+        return
     is_block = partial(_is_of_class, type(blocks[0]))
     # Composer looks for these at the children of a ComposerModel
     for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pss_composer.errors import InputError, to_line
 from pss_composer.models.classifier import ViTClassifier, find_blocks
-from pss_composer.models.settings import LIBRARIES, ModelSettings
+from pss_composer.models.settings import LIBRARIES, OWN_SETTINGS, ModelSettings
 
 CONFIG_FILE = "config.json"  # what transformers knows a model by; also in the folder of a run with such a model
 # parts of the names of what is no matrix of a layer: as timm, it gets no weight decay
@@ -73,8 +73,14 @@ class IndexedClassifier(LibraryClassifier):
         """From a parameter's name to its layer, in timm's way: the stem, the blocks, the head.
 
         What stands between the blocks and the head, a norm, belongs to the last block.
+
+        Raises:
+            InputError: The model has no blocks.
         """
         path, blocks = find_blocks(self.vit)
+        if not blocks:
+            raise InputError(f"must be null for {type(self.vit).__name__}, which has no list of blocks",
+                             key="optimizer.layer_decay")
         prefix = f"module.{path}."
         names = [name for name, _ in self.named_parameters()]
         first = next(number for number, name in enumerate(names) if name.startswith(prefix))
@@ -139,6 +145,10 @@ def reporting_misfits(settings: ModelSettings) -> Iterator[None]:
     except InputError:
         raise
     except MISFITS as error:
+        for argument, key in OWN_SETTINGS[settings.library or ""].items():
+            if str(error).endswith(f"unexpected keyword argument '{argument}'"):
+                raise InputError(f"must be null for {settings.name}, which has no {argument}, got "
+                                 f"{getattr(settings, key)}", key=key) from error
         arguments = settings.arguments
         rule = (f"must be what {settings.name} takes" if arguments else
                 f"must be a model that takes the recipe's settings, image_size={settings.image_size} among them")

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from pss_composer.errors import InputError
+from pss_composer.errors import InputError, to_line
 from pss_composer.models.library import (
     LibraryClassifier,
     check_hub,
@@ -30,6 +30,13 @@ class TimmClassifier(LibraryClassifier):
         heads = (classifier,) if isinstance(classifier, str) else classifier
         # mean pooling has a norm of its own in the head
         return name.startswith((*(f"{head}." for head in heads), "fc_norm."))
+
+    def enable_activation_checkpointing(self) -> None:
+        try:
+            super().enable_activation_checkpointing()
+        except (AssertionError, AttributeError) as error:  # some CNNs assert that it is off, others do not have it
+            raise InputError(f"must be false for timm's {type(self.vit).__name__}: {to_line(error)}",
+                             key="activation_checkpointing") from error
 
     def convert_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         # timm keeps this function beside each class; it interpolates positions and patches, and renames

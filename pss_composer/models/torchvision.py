@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import torchvision
@@ -71,7 +72,12 @@ def build(settings: ModelSettings, *, has_weights: bool) -> TorchvisionClassifie
         model.normalization = to_normalization(transforms.mean, transforms.std)
         if has_weights and settings.pretrained is True:
             with reporting_download(settings):
-                _load(model, weights.get_state_dict(progress=False, check_hash=True))
+                try:
+                    state_dict = weights.get_state_dict(progress=False, check_hash=True)
+                except URLError as error:
+                    raise InputError(f"needs {weights.url}, which cannot be reached ({error.reason}): give a file",
+                                     key="pretrained") from error
+                _load(model, state_dict)
             model.loaded = f"loaded by torchvision: {weights}"
     return model
 

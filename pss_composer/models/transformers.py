@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -145,7 +146,8 @@ def _read_config(settings: ModelSettings) -> Any:
         # never code from the hub; without an answer to this, transformers would ask in the terminal
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of the hub's client, of JSON, of a model that this version does not know
-        raise InputError(f"must be a model of transformers, got 'hf/{name}': {to_line(error)}", key="name") from error
+        reason = shorten(str(error), 200, placeholder=" ...")  # some of them name every model that there is
+        raise InputError(f"must be a model of transformers, got 'hf/{name}': {reason}", key="name") from error
 
 
 def _apply_settings(config: Any, settings: ModelSettings) -> None:
@@ -216,7 +218,7 @@ def _find_source(settings: ModelSettings) -> str | None:
         return settings.library_name
     folder = Path(settings.pretrained or "")
     # a run of this project has the configuration alone
-    has_weights = (folder / CONFIG_FILE).is_file() and any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
     return str(folder) if settings.pretrained and has_weights else None
 
 
@@ -227,10 +229,17 @@ def _load(model_class: Any, source: str, config: Any, settings: ModelSettings) -
         InputError: They cannot be loaded, or lack a weight outside the head.
     """
     with reporting_download(settings):
-        module, info = model_class.from_pretrained(
-            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
-            trust_remote_code=False,
-        )
+        try:
+            module, info = model_class.from_pretrained(
+                source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except ValueError as error:  # that names are those of another model is for transformers a corrupt file
+            kind = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
+            if kind in (None, config.model_type):
+                raise
+            raise InputError(f"must be of the model's architecture, {source} is of a {kind}, {settings.name} of a "
+                             f"{config.model_type}", key="pretrained") from error
     # transformers 5 also gives the shapes
     mismatched = {entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]}
     initial = sorted({*info["missing_keys"], *mismatched})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from torch import nn
 
+from pss_composer.checkpoints.reading import LATEST
 from pss_composer.checks import raise_errors
 from pss_composer.errors import InputError
 from pss_composer.locks import OWNER_FILE, FolderLock
@@ -39,6 +42,8 @@ def claim_folder(recipe: Recipe) -> Iterator[None]:
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FolderLock(folder, key="save_folder")
+    if recipe.autoresume:
+        remove_unfinished_checkpoints(folder)
     try:
         yield
     finally:
@@ -90,6 +95,29 @@ def write_recipe(recipe: Recipe, model: nn.Module) -> None:
         if recipe.model.library == "hf":
             module: Any = next(module for module in model.modules() if hasattr(module, "save_pretrained"))
             module.config.save_pretrained(recipe.save_folder)
+
+
+def remove_unfinished_checkpoints(folder: Path) -> None:
+    """Remove what a kill in the middle of saving leaves: a checkpoint that the link does not lead to yet.
+
+    Composer refuses to go on beside a checkpoint that is later than the one it goes on from. Without the link, which a
+    kill can leave for a moment, it is put back to the last whole checkpoint.
+    """
+    checkpoints, latest = sorted(folder.glob("ep*-ba*-rank0.pt"), key=_read_batch), folder / LATEST
+    whole = [path for path in checkpoints if zipfile.is_zipfile(path)]
+    if whole and not latest.exists():
+        latest.unlink(missing_ok=True)  # it may lead nowhere
+        latest.symlink_to(whole[-1].name)
+    last = _read_batch(latest.resolve()) if latest.exists() else -1
+    for path in checkpoints:
+        if _read_batch(path) > last:
+            path.unlink()
+
+
+def _read_batch(path: Path) -> int:
+    """The batch in the name of a checkpoint, like ep1-ba44-rank0.pt."""
+    match = re.search(r"-ba(\d+)", path.name)
+    return int(match[1]) if match else sys.maxsize
 
 
 def remove_torn_checkpoints(folder: Path) -> bool:

@@ -250,6 +250,10 @@ BAD_INPUT = {
     "no_hub_timm": ("timm", ["model.pretrained=true"], f"model.pretrained needs timm's {TIMM} from http://127.0.0.1:9, "
                     "which cannot be reached ("),
     "arguments": ("timm", ["model.arguments.foo=1"], "model.arguments must be what timm/" + TIMM + " takes, got "),
+    "no_blocks": ("hf", ["model.arguments.num_hidden_layers=0"], "optimizer.layer_decay must be null for ViTForImageC"),
+    "no_hub_torchvision": ("torchvision", ["model.pretrained=true"], "model.pretrained needs file:///nowhere, which "
+                           "cannot be reached ("),
+    "unknown_model_hf": ("hf", ["model.name=hf/{tmp}"], "model.name must be a model of transformers, got 'hf/"),
     "arguments_hf": ("hf", ["model.arguments.hidden_sizes=1"], "model.arguments.hidden_sizes is not a setting of hf/"),
     "arguments_torchvision": ("torchvision", ["model.arguments.foo=1"], "model.arguments must be what "
                               "torchvision/vit_tiny_pss takes, got {'foo': 1}: "),
@@ -277,11 +281,13 @@ BAD_INPUT = {
 def test_a_mistake_is_one_line(case, tmp_path, no_hub):
     library, overrides, message = BAD_INPUT[case]
     arguments = smoke_library(library, tmp_path / "run", *(each.format(tmp=tmp_path) for each in overrides))
+    (tmp_path / "config.json").write_text("{}")
     if case == "swin":
         arguments = [each for each in arguments if not each.startswith(("model.arguments.", "model.patch_size"))]
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert exit_info.value.code.startswith(f"error: {message}") and "\n" not in exit_info.value.code
+    code = exit_info.value.code
+    assert code.startswith(f"error: {message}") and "\n" not in code and len(code) < 600
     assert not (tmp_path / "run").exists()
 
 
@@ -305,6 +311,21 @@ def test_a_cnn_trains_on_all_of_its_pixels_and_is_not_evaluated_at_keep_rates(tm
     for ema in (False, True):  # one of the two is without buffers in the checkpoint
         export_weights(tmp_path / "run", tmp_path / f"{ema}.safetensors", ema=ema)
         timm.create_model("test_byobnet", num_classes=7).load_state_dict(load_file(tmp_path / f"{ema}.safetensors"))
+
+
+def test_a_cnn_without_a_list_of_blocks_trains_too(tmp_path):
+    arguments = smoke_library("timm", tmp_path / "run", "model.name=timm/dla46x_c", "model.patch_size=null",
+                              "pss=null")
+    arguments = [each for each in arguments if each.split("=")[0] not in
+                 ("model.arguments.embed_dim", "model.arguments.depth", "model.arguments.num_heads")]
+    with pytest.raises(SystemExit, match="^error: model.drop_path must be null for timm/dla46x_c, which has no "
+                                         "drop_path_rate, got 0.1$"):
+        main(arguments)
+    arguments.append("model.drop_path=null")
+    main(arguments)
+    assert len([line for line in read_log(tmp_path / "run") if "loss/train/total" in line]) == 2
+    with pytest.raises(SystemExit, match="^error: activation_checkpointing must be false for timm's DLA: "):
+        main([*arguments, f"save_folder={tmp_path / 'other'}", "activation_checkpointing=true"])
 
 
 def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
@@ -593,6 +614,24 @@ def test_models_of_transformers_that_are_no_image_classifiers_are_refused(model_
     save_weights(model_class, tmp_path / "model", **SMALL)
     with pytest.raises(InputError, match=f"^model.name {rule}$"):
         build_from(tmp_path / "model")
+
+
+def test_weights_of_another_architecture_say_so(tmp_path):
+    for model_class, name in (("ViTForImageClassification", "vit"), ("Dinov2ForImageClassification", "dinov2")):
+        save_weights(model_class, tmp_path / name, **SMALL)
+    # transformers alone calls the file corrupt
+    with pytest.raises(InputError, match=r"^model.pretrained must be of the model's architecture, .*/dinov2 is of a "
+                                         "dinov2, hf/.*/vit of a vit$"):
+        build_model(ModelSettings(name=f"hf/{tmp_path / 'vit'}", pretrained=str(tmp_path / "dinov2"), image_size=32))
+
+
+def test_a_folder_of_weights_needs_no_configuration(tmp_path):
+    save_weights("ViTForImageClassification", tmp_path / "vit", **SMALL)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "vit" / "model.safetensors").rename(tmp_path / "weights" / "model.safetensors")
+    model = build_model(ModelSettings(name=f"hf/{tmp_path / 'vit'}", pretrained=str(tmp_path / "weights"),
+                                      image_size=32, num_classes=7))
+    assert "left at initial values: 2 (classifier.bias, classifier.weight)" in model.loaded
 
 
 def test_siglip_2_sees_the_patches_as_its_processor_cuts_them(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from composer import Callback
-from support.recipes import smoke
+from support.recipes import read_log, smoke
 from support.recipes import train_by_command as main
 
 from pss_composer.training import trainer as training
@@ -91,6 +91,31 @@ def test_a_full_disk_leaves_no_half_checkpoint(batch, call_at, tmp_path):
     else:
         assert [path.name for path in (tmp_path / "run").glob("ep*")] == ["ep0-ba1-rank0.pt"]
         torch.load(tmp_path / "run" / "latest-rank0.pt", weights_only=False)
+
+
+@pytest.mark.parametrize(("link", "goes_on_from"), [
+    ("ep0-ba1-rank0.pt", 1),
+    (None, 1),  # while Composer replaces it
+    ("ep0-ba0-rank0.pt", 1),  # leads nowhere
+    (None, 0),
+])
+def test_a_kill_in_the_middle_of_saving_leaves_a_run_that_goes_on(link, goes_on_from, tmp_path):
+    arguments = smoke("deit_small_224_pss", tmp_path / "run", "save_num_checkpoints_to_keep=-1")
+    main(arguments)
+    losses = read_losses(tmp_path / "run")
+    (tmp_path / "run" / "latest-rank0.pt").unlink()
+    if link is not None:
+        (tmp_path / "run" / "latest-rank0.pt").symlink_to(link)
+    for batch in range(goes_on_from + 1, 3):
+        os.truncate(tmp_path / "run" / f"ep0-ba{batch}-rank0.pt", 10_000)
+    main([*arguments, "autoresume=true"])
+    assert (tmp_path / "run" / "latest-rank0.pt").resolve().name == "ep0-ba2-rank0.pt"
+    # the log goes on, too, with batches after the checkpoint for a second time; without a checkpoint it starts anew
+    assert read_losses(tmp_path / "run") == (losses if goes_on_from else []) + losses[goes_on_from:]
+
+
+def read_losses(folder):
+    return [line["loss/train/total"] for line in read_log(folder) if "loss/train/total" in line]
 
 
 def test_a_period_longer_than_training_deserves_a_word(tmp_path, caplog):
