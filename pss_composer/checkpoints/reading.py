@@ -138,7 +138,7 @@ def _explain(error: BaseException, kind: str, name: str | Path) -> InputError:
 
 def _read_shards(folder: Path) -> dict[str, Any]:
     """The model and the algorithms (with the EMA's averages) in a folder that Composer wrote with sharded state."""
-    if not (folder / ".metadata").is_file():
+    if not os.path.isfile(folder / ".metadata"):
         raise InputError("must be a file, a folder of shards with a .metadata or a run with a "
                          f"{LATEST}, got {folder}", key="checkpoint")
     try:

@@ -54,7 +54,7 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     for name in (RECIPE_FILE, LATEST):
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):
             raise InputError(f"must be the save_folder of a trained recipe, no {name} in {folder}", key="run")
     path = folder / RECIPE_FILE
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,8 +138,9 @@ def build(settings: ModelSettings, *, has_weights: bool) -> TransformersClassifi
 
 def _read_config(settings: ModelSettings) -> Any:
     name = settings.library_name
-    is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
-    if is_path and not (Path(name) / CONFIG_FILE).is_file():
+    # os.path answers where pathlib raises an error: a folder that cannot be read
+    is_path = name.startswith((".", "/", "~")) or os.path.isdir(name)
+    if is_path and not os.path.isfile(Path(name) / CONFIG_FILE):
         raise InputError(f"must be a folder with a {CONFIG_FILE} of transformers, got 'hf/{name}'", key="name")
     if not is_path:
         check_hub(f"{name}'s {CONFIG_FILE}", "name")

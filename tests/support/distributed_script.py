@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from composer import DataSpec, Trainer
 from composer.algorithms import GradientClipping, LabelSmoothing
+from composer.core import Event
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist, reproducibility
 from torch.distributed.tensor import DTensor
@@ -130,10 +131,14 @@ def resume(name: str, parallelism: str, folder: Path) -> dict:
         return run(name, algorithms, drop_path=0.3, device_train_microbatch_size=2, **PARALLELISMS[parallelism](),
                    **options)
 
-    results = {"straight": run_random(save_folder=str(folder), save_interval="1ba")}
+    # each checkpoint takes time, and the averages stay in the model when one is the last thing in training
+    saved = {int(stop.split("-ba")[1]) for stop in STOPS} | {2 * BATCHES_PER_EPOCH}
+    results = {"straight": run_random(
+        save_folder=str(folder),
+        save_interval=lambda state, event: event == Event.BATCH_CHECKPOINT and state.timestamp.batch.value in saved,
+    )}
     for stop in STOPS:
         checkpoint = folder / (stop if parallelism == "fsdp2" else f"{stop}-rank0.pt")
-        # the averages stay in the model when a checkpoint is the last thing in training, so every run saves one
         results[stop] = run_random(load_path=str(checkpoint), save_folder=f"{folder}-{stop}", save_interval="1ep")
     return results
 
