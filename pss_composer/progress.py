@@ -129,7 +129,7 @@ def count_batches(
         ValueError: A unit other than ep, ba, sp or dur, or one whose length in batches is not given.
     """
     lengths = {"ep": batches_per_epoch, "ba": 1, "sp": samples_per_batch, "dur": total_batches}
-    value, unit = parse_time(time) if TIME_STRING.fullmatch(time) else (math.nan, "")
+    value, unit = parse_time(time) if TIME_STRING.fullmatch(time) else (math.nan, "")  # Composer has other units, too
     if value == 0:
         return 0  # in any unit, also if an epoch has no length
     length = lengths.get(unit)

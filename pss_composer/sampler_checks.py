@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pss_composer.errors import InputError
 
 
-class CheckedSampler:
-    """A sampler of one's own, with checks of what it returns.
+class SamplerChecks:
+    """Runs a sampler of one's own, and checks what it returns.
 
     Type, shape and device are checked in every pass; the values in the first pass with each k, so that a training step
     waits for them on a GPU in these few alone. Nothing reads the values while torch compiles, exports or traces.
@@ -22,24 +22,30 @@ class CheckedSampler:
     """
 
     def __init__(self, sampler: Callable[..., Tensor]) -> None:
-        self.sampler = sampler
         self.takes_is_patch = accepts(sampler, is_patch=None)
         self.checked: set[int] = set()  # the k whose first indices have been read
 
-    def __call__(self, tokens: Tensor, k: int, is_patch: Tensor | None = None) -> Tensor:
+    def run(
+        self, sampler: Callable[..., Tensor], tokens: Tensor, k: int, is_patch: Tensor | None = None
+    ) -> Tensor:
+        """The indices (B, k) that the sampler returns for tokens (B, N, C).
+
+        Raises:
+            InputError: It returned something else, or takes no `is_patch` for padded images.
+        """
         if is_patch is None:
-            keep_indices = self.sampler(tokens, k)
+            keep_indices = sampler(tokens, k)
         elif self.takes_is_patch:
-            keep_indices = self.sampler(tokens, k, is_patch=is_patch)
+            keep_indices = sampler(tokens, k, is_patch=is_patch)
         else:
             raise InputError("must take is_patch (B, N) for images with padding, as in (tokens, k, is_patch=None), "
-                             f"got {describe(self.sampler)}", key="sampler")
+                             f"got {describe(sampler)}", key="sampler")
         fault = _find_fault_of_form(keep_indices, tokens, k)
         if fault is None and _has_values(keep_indices) and k not in self.checked:
             fault = _find_fault_of_values(keep_indices, tokens.shape[1], is_patch)
             self.checked.add(k)
         if fault is not None:
-            raise InputError(f"must return {fault} from {describe(self.sampler)}", key="sampler")
+            raise InputError(f"must return {fault} from {describe(sampler)}", key="sampler")
         return keep_indices
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pss_composer.errors import InputError
-from pss_composer.sampler_checks import CheckedSampler, accepts, describe
+from pss_composer.sampler_checks import SamplerChecks, accepts, describe
 from pss_composer.schedules import check_keep_rate
 
 Sampler = Callable[..., Tensor]
@@ -52,7 +52,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def resolve_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of that name, or the function with checks of what it returns.
+    """The sampler of that name, or the function itself.
 
     Raises:
         InputError: Neither the name of a sampler nor a function of tokens and k.
@@ -60,7 +60,7 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
     if isinstance(sampler, str) and sampler in SAMPLERS:
         return SAMPLERS[sampler]
     if callable(sampler) and not isinstance(sampler, type) and accepts(sampler):
-        return CheckedSampler(sampler)
+        return sampler
     raise InputError(
         f"must be one of {', '.join(SAMPLERS)} or a function (tokens, k) -> keep_indices, got {sampler!r}",
         key="sampler",
@@ -115,7 +115,7 @@ class PatchSampler(nn.Module):
 
     Args:
         sampler: `magnitude`, `l2_magnitude`, `random`, or a function of the patch tokens
-            `(tokens (B, N, C), k) -> keep_indices (B, k)`, of which `CheckedSampler` checks the results.
+            `(tokens (B, N, C), k) -> keep_indices (B, k)`, of which `SamplerChecks` checks the results.
         num_prefix_tokens: Tokens before the first patch token; they always stay.
         keep_rate: Share of the tokens kept in training, in (0, 1].
         eval_keep_rate: Share of the tokens kept in evaluation and prediction, in (0, 1].
@@ -147,7 +147,7 @@ class PatchSampler(nn.Module):
 
     def configure(self, sampler: str | Sampler, *, keep_rate: float, eval_keep_rate: float) -> None:
         """Set the sampler and both keep rates, as the constructor does."""
-        self._sample = resolve_sampler(sampler)
+        self._checks = SamplerChecks(resolve_sampler(sampler))
         self._modules.pop("sampler", None)  # torch would not let a name take the place of a module
         self.sampler = sampler
         self.keep_rate = keep_rate
@@ -210,7 +210,10 @@ class PatchSampler(nn.Module):
         set_in_forward(self, num_tokens=self.num_prefix_tokens + k, keep_indices=None)
         if k == num_patches:
             return None
-        keep_indices = self._sample(patch_tokens.detach(), k, is_patch)
+        if isinstance(self.sampler, str):
+            keep_indices = SAMPLERS[self.sampler](patch_tokens.detach(), k, is_patch)
+        else:
+            keep_indices = self._checks.run(self.sampler, patch_tokens.detach(), k, is_patch)
         set_in_forward(self, keep_indices=keep_indices)
         return keep_indices
 

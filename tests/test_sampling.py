@@ -203,6 +203,18 @@ def test_a_sampler_that_is_a_module_can_be_replaced():
     assert not patch_sampler.state_dict()
 
 
+def test_what_takes_the_place_of_a_module_is_called():
+    """As wrappers of torch do, and the copies of `DataParallel`."""
+    class Last(nn.Module):
+        def forward(self, tokens, k):
+            return first(tokens, k) + tokens.shape[1] - k
+
+    patch_sampler = PatchSampler(Counting(), keep_rate=0.5)
+    patch_sampler.sampler = Last()
+    patch_sampler(torch.randn(2, 9, 4))
+    assert patch_sampler.keep_indices.tolist() == [[5, 6, 7]] * 2
+
+
 def returning(value):
     def sample(tokens, k):
         return value

@@ -9,7 +9,8 @@ import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
-from support.trainers import TOKENS, build_trainer, copy_weights, logged, train
+from support.keep_rates import TOKENS
+from support.trainers import build_trainer, copy_weights, logged, train
 from torch import nn
 
 from pss_composer import PatchSampler, PatchSamplingSchedule

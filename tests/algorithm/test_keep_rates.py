@@ -4,19 +4,9 @@
 import pytest
 import torch
 from composer import Callback, DataSpec
+from support.keep_rates import BATCH_SIZE, CYCLE, TOKENS
 from support.models import build_model
-from support.trainers import (
-    BATCH_SIZE,
-    CYCLE,
-    TOKENS,
-    TokenRecorder,
-    build_dataloader,
-    build_dataset,
-    build_trainer,
-    copy_weights,
-    logged,
-    train,
-)
+from support.trainers import TokenRecorder, build_dataloader, build_dataset, build_trainer, copy_weights, logged, train
 from torch.utils.data import DataLoader, IterableDataset
 
 from pss_composer import PatchSamplingSchedule

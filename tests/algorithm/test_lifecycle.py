@@ -7,17 +7,9 @@ import itertools
 import pytest
 import torch
 from composer import Callback, Evaluator
+from support.keep_rates import CYCLE, TOKENS
 from support.models import build_model
-from support.trainers import (
-    CYCLE,
-    TOKENS,
-    TokenRecorder,
-    build_dataloader,
-    build_trainer,
-    find_vit,
-    logged,
-    train,
-)
+from support.trainers import TokenRecorder, build_dataloader, build_trainer, find_vit, logged, train
 
 from pss_composer import PatchSampler, PatchSamplingSchedule, apply_patch_sampling, remove_patch_sampling
 from pss_composer.models.classifier import ViTClassifier

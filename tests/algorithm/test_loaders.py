@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from composer.core import Time, Timestamp
 from composer.utils import dist
-from support.trainers import BATCH_SIZE, CYCLE, build_dataloader, build_dataset, build_trainer, logged, train
+from support.keep_rates import BATCH_SIZE, CYCLE
+from support.trainers import build_dataloader, build_dataset, build_trainer, logged, train
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from pss_composer import PatchSamplingSchedule

@@ -12,18 +12,9 @@ import torch
 from composer import Callback, Trainer
 from composer.algorithms import ChannelsLast, GradientClipping, LabelSmoothing, StochasticDepth
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
+from support.keep_rates import BATCH_SIZE, CYCLE, TOKENS
 from support.models import SMALL, build_model
-from support.trainers import (
-    BATCH_SIZE,
-    CYCLE,
-    TOKENS,
-    TokenRecorder,
-    build_dataloader,
-    build_trainer,
-    copy_weights,
-    logged,
-    train,
-)
+from support.trainers import TokenRecorder, build_dataloader, build_trainer, copy_weights, logged, train
 from timm.layers import DropPath
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.keep_rates import BATCH_SIZE, CYCLE, CYCLE_OF_3, CYCLE_OF_4, TOKENS
 from support.models import SMALL, build_model, random_images
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -16,14 +17,6 @@ from pss_composer import remove_patch_sampling
 from pss_composer.integrations.transformers import PatchSamplingCallback
 from pss_composer.schedules import Cyclic, Fixed, Linear, Piecewise
 from pss_composer.surgery import find_samplers
-
-BATCH_SIZE = 4
-# the paper's Cyclic(0.2, 1.0) in epochs of 8, 4 and 3 steps
-CYCLE = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4]
-CYCLE_OF_4 = [0.2, 0.6, 1.0, 0.6]
-CYCLE_OF_3 = [0.2, 0.8, 0.8]
-# of 64 patches and a class token: 0.2 * 65 = 13, ...
-TOKENS = {0.2: 13, 0.4: 26, 0.5: 32, 0.6: 39, 0.8: 52, 1.0: 65}
 
 
 class Classifier(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger
 from support import lightning_script
+from support.keep_rates import BATCH_SIZE, CYCLE, CYCLE_OF_3, CYCLE_OF_4, TOKENS
 from support.launch import launch
 from support.models import SMALL, build_model, random_images
 from timm.models.vision_transformer import VisionTransformer
@@ -23,14 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
-
-BATCH_SIZE = 4
-# the paper's Cyclic(0.2, 1.0) in epochs of 8, 4 and 3 steps
-CYCLE = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4]
-CYCLE_OF_4 = [0.2, 0.6, 1.0, 0.6]
-CYCLE_OF_3 = [0.2, 0.8, 0.8]
-# of 64 patches and a class token: 0.2 * 65 = 13, ...
-TOKENS = {0.2: 13, 0.4: 26, 0.5: 32, 0.6: 39, 0.8: 52, 1.0: 65}
 
 
 class Classifier(lightning.LightningModule):

@@ -1,7 +1,4 @@
-"""Short training runs of tiny ViTs in Composer, and what was seen in them.
-
-With 8 batches in an epoch the paper's Cyclic(0.2, 1.0) is CYCLE, written out by hand.
-"""
+"""Short training runs of tiny ViTs in Composer, and what was seen in them."""
 
 import torch
 from composer import Callback, Trainer
@@ -13,12 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pss_composer.models.classifier import ViTClassifier
+from support.keep_rates import BATCH_SIZE
 from support.models import build_model, random_images
-
-BATCH_SIZE = 4
-CYCLE = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4]
-# of 64 patches and a class token: 0.2 * 65 = 13, ...
-TOKENS = {0.2: 13, 0.4: 26, 0.5: 32, 0.6: 39, 0.8: 52, 1.0: 65}
 
 
 def build_dataset(num_samples: int = 8 * BATCH_SIZE) -> Dataset:
