@@ -11,20 +11,20 @@ from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from pss_composer.callback import ScheduledPatchSampling, count_samples, read_metrics
 from pss_composer.errors import InputError
 from pss_composer.progress import Progress, count_batches
 from pss_composer.sampler_checks import describe
 from pss_composer.sampling import PatchSampler
-from pss_composer.scheduled import ScheduledSampling, count_samples, read_metrics
 from pss_composer.surgery import apply_patch_sampling, find_samplers
 
 log = logging.getLogger(__name__)
 
 
-class PatchSamplingSchedule(ScheduledSampling, Algorithm):
+class PatchSamplingSchedule(ScheduledPatchSampling, Algorithm):
     """Trains a ViT on a varying share of its patch tokens (McDanel & Huynh 2022, https://arxiv.org/abs/2208.09520).
 
-    The arguments are those of `ScheduledSampling`. It runs on three events:
+    The arguments are those of `ScheduledPatchSampling`. It runs on three events:
 
     - `INIT` puts a `PatchSampler` into the model.
     - `AFTER_DATALOADER` sets the keep rate of the batch. All of its microbatches and forward passes have the same, also
@@ -85,7 +85,7 @@ class SamplerLoan(Callback):
         sampling: The settings.
     """
 
-    def __init__(self, sampling: ScheduledSampling) -> None:
+    def __init__(self, sampling: ScheduledPatchSampling) -> None:
         self.sampling = sampling
         self._metrics: dict[str, float] = {}
 

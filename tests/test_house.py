@@ -9,7 +9,7 @@ from support.paths import ROOT
 
 PACKAGE = ROOT / "pss_composer"
 BASE = {"errors", "checks", "locks", "seeds"}  # known to every room
-METHOD = {"progress", "schedules", "sampler_checks", "sampling", "surgery", "scheduled", "algorithm"}
+METHOD = {"progress", "schedules", "sampler_checks", "sampling", "surgery", "callback", "algorithm"}
 # room -> the rooms that it may import, beside itself and the base
 MAY_IMPORT = {
     **{module: set() for module in BASE},

@@ -6,9 +6,9 @@ import math
 from contextlib import suppress
 from typing import Any
 
+from pss_composer.callback import ScheduledPatchSampling, count_samples, read_metrics
 from pss_composer.errors import InputError
 from pss_composer.progress import Progress
-from pss_composer.scheduled import ScheduledSampling, count_samples, read_metrics
 from pss_composer.surgery import find_samplers
 
 try:
@@ -17,8 +17,10 @@ except ModuleNotFoundError:  # the same library under its other name
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 
-class PatchSamplingCallback(ScheduledSampling, Callback):
-    """Trains a LightningModule's ViT on a varying share of its patch tokens; the arguments are `ScheduledSampling`'s.
+class PatchSamplingCallback(ScheduledPatchSampling, Callback):
+    """Trains a LightningModule's ViT on a varying share of its patch tokens.
+
+    The arguments are those of `ScheduledPatchSampling`.
 
     A `PatchSampler` comes into the module at `setup`, before the optimizers and DDP; into a ViT that the module's own
     `setup` or `configure_model` builds, when that is done. Batches are optimizer steps: all batches whose gradients are

@@ -8,14 +8,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pss_composer.callback import ScheduledPatchSampling, read_metrics
 from pss_composer.errors import InputError
 from pss_composer.progress import Progress
-from pss_composer.scheduled import ScheduledSampling, read_metrics
 from pss_composer.surgery import find_samplers
 
 
-class PatchSamplingCallback(ScheduledSampling, TrainerCallback):
-    """Trains a `Trainer`'s ViT on a varying share of its patch tokens; the arguments are `ScheduledSampling`'s.
+class PatchSamplingCallback(ScheduledPatchSampling, TrainerCallback):
+    """Trains a `Trainer`'s ViT on a varying share of its patch tokens.
+
+    The arguments are those of `ScheduledPatchSampling`.
 
     A `PatchSampler` comes into the model when the trainer is built, before the optimizer, DDP and FSDP; when training
     starts, if the callback is added later or `model_init` builds another model. Batches are optimizer steps: all that

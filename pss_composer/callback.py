@@ -13,7 +13,7 @@ from pss_composer.schedules import Cyclic, Schedule, check_keep_rate, check_sche
 from pss_composer.surgery import apply_patch_sampling, find_samplers
 
 
-class ScheduledSampling:
+class ScheduledPatchSampling:
     """Base of the callbacks of all trainers: they say when, this class does what.
 
     It holds no model and no counter, so one object serves several trainers.
