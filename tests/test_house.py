@@ -117,6 +117,13 @@ def test_no_function_is_longer_than_a_screen(module):
             assert node.end_lineno - node.lineno < 60, f"{module}.{node.name}"
 
 
+def test_no_adapter_is_longer_than_eighty_lines():
+    adapters = [path for path in (PACKAGE / "surgery").rglob("*.py") if path.parent.name in ("timm", "transformers")
+                or path.name in ("torchvision.py", "open_clip.py")]
+    assert len(adapters) >= 10
+    assert {path: count for path in adapters if (count := len(path.read_text().splitlines())) > 80} == {}
+
+
 def imported_after(statement):
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
