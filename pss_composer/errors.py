@@ -44,7 +44,7 @@ class InputErrors(InputError):
 
 def to_line(error: BaseException) -> str:
     """The message of an exception as one line, or its class if it has no message."""
-    if isinstance(error, KeyError):
+    if type(error) is KeyError:
         return f"there is no {error}"  # its message is the key alone
     return " ".join(str(error).split()) or type(error).__name__
 
