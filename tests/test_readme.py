@@ -35,6 +35,7 @@ LIGHTNING_WARNINGS = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:You defined a `validation_step` but have no `val_dataloader`",
     "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated", "ignore:Starting from v1.9.0, `tensorboardX` has been",
     "ignore:The number of training batches",
+    "ignore:It is recommended to use `self.log",  # a test of Composer in this process leaves a process group
 )
 
 
