@@ -29,7 +29,7 @@ class PatchSamplingSchedule(ScheduledPatchSampling, Algorithm):
     - `INIT` puts a `PatchSampler` into the model.
     - `AFTER_DATALOADER` sets the keep rate of the batch. All of its microbatches and forward passes have the same, also
       the pass in which Composer's `SelectiveBackprop` scores the images.
-    - `AFTER_LOAD` adds a callback to the trainer, `SamplerLoan`. It logs `pss/keep_rate`, and as `pss/tokens` the
+    - `AFTER_LOAD` adds a callback to the trainer, `SamplerOwner`. It logs `pss/keep_rate`, and as `pss/tokens` the
       tokens of an image that the model's blocks saw. It also sets the model's keep rates to 1 again: that of training
       when `fit` ends, that of evaluation when the trainer is closed or garbage-collected.
 
@@ -56,13 +56,13 @@ class PatchSamplingSchedule(ScheduledPatchSampling, Algorithm):
         if event == Event.INIT:
             _check_combination(state)
             patch_sampler = apply_patch_sampling(state.model, sampler=self.sampler)
-            _loans.pop(patch_sampler, None)  # its keep rates are 1 until this trainer's loan begins
+            _owners.pop(patch_sampler, None)  # its keep rates are 1 until this trainer owns it
             slot = next(name for name, module in state.model.named_modules() if module is patch_sampler)
             log.info("Patch sampling in %s: %s", slot, patch_sampler)
             logger.log_hyperparameters({"pss/slot": slot, "pss/algorithm": repr(self)})
         elif event == Event.AFTER_LOAD:
             # at INIT, Composer would miss the state of this callback in checkpoints that were saved without it
-            state.callbacks.append(SamplerLoan(self))
+            state.callbacks.append(SamplerOwner(self))
         else:
             self.set_keep_rate(state.model, read_progress(state))
 
@@ -75,11 +75,11 @@ def _check_combination(state: State) -> None:
                          f"got {state.algorithms}", key="algorithms")
 
 
-_loans: WeakKeyDictionary[PatchSampler, SamplerLoan] = WeakKeyDictionary()  # of the trainer that used a sampler last
+_owners: WeakKeyDictionary[PatchSampler, SamplerOwner] = WeakKeyDictionary()  # by the trainer that used a sampler last
 
 
-class SamplerLoan(Callback):
-    """A trainer's use of the sampler in its model, until another trainer uses it, or the trainer's life ends.
+class SamplerOwner(Callback):
+    """Owns the sampler of a trainer's model, until another trainer uses it or this one is closed or collected.
 
     Args:
         sampling: The settings.
@@ -94,7 +94,7 @@ class SamplerLoan(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if not self._find_own(state):
-            _loans[self.sampling.apply_to(state.model)] = self
+            _owners[self.sampling.apply_to(state.model)] = self
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
         if find_samplers(state.model):  # which may have been removed after training
@@ -118,11 +118,11 @@ class SamplerLoan(Callback):
     def close(self, state: State, logger: Logger) -> None:
         for patch_sampler in self._find_own(state):
             patch_sampler.keep_rate = patch_sampler.eval_keep_rate = 1.0
-            del _loans[patch_sampler]
+            del _owners[patch_sampler]
 
     def _find_own(self, state: State) -> list[PatchSampler]:
         """The model's sampler, unless another trainer used it last."""
-        return [patch_sampler for patch_sampler in find_samplers(state.model) if _loans.get(patch_sampler) is self]
+        return [patch_sampler for patch_sampler in find_samplers(state.model) if _owners.get(patch_sampler) is self]
 
 
 def read_progress(state: State) -> Progress:

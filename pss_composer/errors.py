@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -47,12 +45,6 @@ def to_line(error: BaseException) -> str:
     if type(error) is KeyError:
         return f"there is no {error}"  # its message is the key alone
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def count_names(names: Iterable[str]) -> str:
-    """Names of weights as one line; those that differ in the number of their block alone stand there once."""
-    counts = Counter(re.sub(r"(blocks|layers?)\.(encoder_layer_)?\d+", r"\1.*", name) for name in names)
-    return ", ".join(f"{name} ({count} x)" if count > 1 else name for name, count in counts.items())
 
 
 @contextmanager

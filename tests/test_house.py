@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "pretraining": METHOD | {"models"},
     "data": set(),
     "data.prepare": {"data"},
-    "checkpoints": {"models.shape", "models.settings"},
+    "checkpoints": {"models.shape", "models.settings", "models.weight_names"},
     "training": METHOD | {"models", "pretraining", "data", "checkpoints"},
     "evaluation": METHOD | {"models", "pretraining", "data", "checkpoints", "training"},
     "cli": METHOD | {"models", "pretraining", "data", "data.prepare", "checkpoints", "training", "evaluation"},

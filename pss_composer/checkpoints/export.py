@@ -22,7 +22,7 @@ from pss_composer.checkpoints.layouts import Weights, read_weights
 from pss_composer.checkpoints.reading import bad_checkpoint, find_latest
 from pss_composer.checkpoints.transfer import fit_weights
 from pss_composer.errors import InputError
-from pss_composer.models.settings import LIBRARIES
+from pss_composer.models.settings import CONFIG_FILE, LIBRARIES
 from pss_composer.models.shape import SIZES
 
 USUAL_NUM_HEADS = {shape["embed_dim"]: shape["num_heads"] for shape in SIZES.values()} | {1024: 16}  # and ViT-L's
@@ -109,7 +109,7 @@ def _export_library_model(
     tensors = read_weights(checkpoint, is_of_library=True).tensors | weights.tensors
     metadata = {"format": "pt", "model": json.dumps(settings)}
     if is_folder:
-        config = find_latest(checkpoint).parent / "config.json"
+        config = find_latest(checkpoint).parent / CONFIG_FILE
         if not config.is_file():
             raise bad_checkpoint(checkpoint, "must be in the folder of its run", f"has no {config} beside it")
         with _make_place(out) as folder:

@@ -15,7 +15,8 @@ from torch import Tensor
 from pss_composer.checkpoints.architecture import SHARED_TABLE
 from pss_composer.checkpoints.layouts import Weights, read_weights, timm_name
 from pss_composer.checkpoints.reading import bad_checkpoint
-from pss_composer.errors import count_names, to_line
+from pss_composer.errors import to_line
+from pss_composer.models.weight_names import count_names
 
 if TYPE_CHECKING:
     from composer.models import ComposerModel

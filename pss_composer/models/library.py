@@ -16,7 +16,6 @@ from pss_composer.errors import InputError, to_line
 from pss_composer.models.classifier import ViTClassifier, find_blocks
 from pss_composer.models.settings import LIBRARIES, OWN_SETTINGS, ModelSettings
 
-CONFIG_FILE = "config.json"  # what transformers knows a model by; also in the folder of a run with such a model
 # parts of the names of what is no matrix of a layer: as timm, it gets no weight decay
 NO_WEIGHT_DECAY = ("pos_embed", "position_embedding", "cls_token", "class_token", "class_embedding", "dist_token",
                    "distillation_token", "reg_token", "register_tokens", "mask_token", "bias_table")

@@ -22,6 +22,7 @@ OWN_SETTINGS = {
            "drop_path_rate": "drop_path"},
     "torchvision": {"num_classes": "num_classes", "image_size": "image_size", "weights": "pretrained"},
 }
+CONFIG_FILE = "config.json"  # what transformers knows a model by; also in the folder of a run with such a model
 SHAPE = [setting.name for setting in dataclasses.fields(ViTShape)]
 
 

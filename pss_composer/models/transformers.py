@@ -16,9 +16,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from pss_composer.errors import InputError, count_names, to_line
+from pss_composer.errors import InputError, to_line
 from pss_composer.models.library import (
-    CONFIG_FILE,
     IndexedClassifier,
     check_hub,
     find_nearest,
@@ -27,7 +26,8 @@ from pss_composer.models.library import (
     reporting_misfits,
     to_normalization,
 )
-from pss_composer.models.settings import ModelSettings
+from pss_composer.models.settings import CONFIG_FILE, ModelSettings
+from pss_composer.models.weight_names import count_names
 
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 HEAD = ("classifier.", "cls_classifier.", "distillation_classifier.")

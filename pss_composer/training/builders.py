@@ -17,8 +17,8 @@ from pss_composer.checks import name_keys
 from pss_composer.data.dataspec import build_dataspec
 from pss_composer.errors import InputError, to_line
 from pss_composer.models.deit import DeiT
-from pss_composer.models.library import CONFIG_FILE, build_library_model
-from pss_composer.models.settings import ModelSettings
+from pss_composer.models.library import build_library_model
+from pss_composer.models.settings import CONFIG_FILE, ModelSettings
 from pss_composer.models.simmim import SimMIMClassifier
 from pss_composer.pretraining.masking import PatchMasking
 from pss_composer.pretraining.simmim import SimMIM, build_encoder

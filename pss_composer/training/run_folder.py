@@ -19,7 +19,7 @@ from pss_composer.checkpoints.reading import LATEST
 from pss_composer.checks import raise_errors
 from pss_composer.errors import InputError
 from pss_composer.locks import OWNER_FILE, FolderLock
-from pss_composer.models.library import CONFIG_FILE
+from pss_composer.models.settings import CONFIG_FILE
 from pss_composer.training.recipe import Recipe
 
 RECIPE_FILE, LOG_FILE = "recipe.yaml", "metrics.jsonl"

@@ -150,7 +150,7 @@ def test_a_checkpoint_without_the_callback_resumes(tmp_path):
     straight = train(PatchSamplingSchedule(), save_folder=str(tmp_path), save_interval="1ba", max_duration="6ba")
     checkpoint = tmp_path / "ep0-ba3-rank0.pt"
     contents = torch.load(checkpoint, weights_only=False)
-    del contents["state"]["callbacks"]["SamplerLoan"]
+    del contents["state"]["callbacks"]["SamplerOwner"]
     torch.save(contents, checkpoint)
     resumed = train(PatchSamplingSchedule(), load_path=str(checkpoint), max_duration="6ba")
     torch.testing.assert_close(copy_weights(resumed), copy_weights(straight), atol=0, rtol=0)
