@@ -200,7 +200,7 @@ def _finish(axes: Axes, title: str, *, ylabel: str) -> None:
     axes.set_title(_wrap_text(title, 7), fontsize=FONT_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=FONT_SIZE)
 
